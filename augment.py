@@ -1,0 +1,158 @@
+"""Multi-crop (section 3.1 and 3.2): two global views, several local ones, each randomly cropped, flipped, jittered, greyed, blurred, solarised.
+
+It is done in two halves. Geometry runs per image in the loader's workers on uint8: MultiCrop turns [3, h, w] into crops and, for each crop, the parameters
+of its photometry. photometry() applies those to a whole batch on the training device. Every draw comes from the one generator passed in, so a view
+depends on (seed, epoch, sample) alone, not on which process or device makes it. The distribution is that of the reference code's per-image pipeline.
+"""
+
+import math
+from itertools import permutations
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange, reduce
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+ORDERS = torch.tensor(list(permutations(range(4))))  # the orders in which colour jitter may apply its four operations
+PARAMETERS = ("brightness", "contrast", "saturation", "hue", "order", "gray", "sigma", "solarize")
+
+
+def random_box(height, width, scale, rng: Random, ratio=(3 / 4, 4 / 3)):
+    """A random resized crop's (top, left, height, width): area uniform in scale, aspect log-uniform in ratio, place uniform.
+
+    As torchvision does it, ten tries to fit into the image, then the largest central crop within ratio.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resize(image, height, width):
+    """uint8 [3, h, w] -> uint8 [3, height, width]: bicubic with antialiasing, as Pillow does it."""
+    if image.shape[1:] == (height, width):
+        return image
+    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
+
+
+def draw_parameters(rng: Random, blur, solarize):
+    """One view's photometry, in the order of PARAMETERS: jitter with p 0.8, grey 0.2, blur and solarise as given. Identities where not applied."""
+    jitter = rng.random() < 0.8
+    brightness, contrast, saturation, hue, order = (
+        rng.uniform(0.6, 1.4), rng.uniform(0.6, 1.4), rng.uniform(0.8, 1.2), rng.uniform(-0.1, 0.1), rng.randrange(len(ORDERS))
+    )  # fmt: skip
+    colour = [brightness, contrast, saturation, hue, order] if jitter else [1, 1, 1, 0, 0]
+    sigma = rng.uniform(0.1, 2.0) if rng.random() < blur else 0
+    return [*colour, rng.random() < 0.2, sigma, rng.random() < solarize]
+
+
+class MultiCrop:
+    """Geometry: uint8 [3, h, w] -> (global [2, 3, g, g], local [v - 2, 3, l, l], both uint8, and parameters [v, 8], float32)."""
+
+    def __init__(self, global_size=224, local_size=96, local_crops=8, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4)):
+        views = [(global_size, global_scale, 1.0, 0.0), (global_size, global_scale, 0.1, 0.2)]
+        self.views = views + [(local_size, local_scale, 0.5, 0.0)] * local_crops
+        self.local_size = local_size
+
+    def __call__(self, image, rng: Random):
+        crops, parameters = [], []
+        for size, scale, blur, solarize in self.views:
+            top, left, h, w = random_box(*image.shape[1:], scale, rng)
+            crop = resize(image[:, top : top + h, left : left + w], size, size)
+            crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
+            parameters.append(draw_parameters(rng, blur, solarize))
+        local = torch.stack(crops[2:]) if crops[2:] else torch.empty(0, 3, self.local_size, self.local_size, dtype=torch.uint8)
+        return torch.stack(crops[:2]), local, torch.tensor(parameters, dtype=torch.float32)
+
+
+def grayscale(x):
+    return einsum(x, x.new_tensor([0.299, 0.587, 0.114]), "b c h w, c -> b h w")[:, None]
+
+
+def shift_hue(x, shift):
+    """Turns the hue of [b, 3, h, w] by shift [b] turns, through HSV, without a branch per pixel."""
+    r, g, b = x.unbind(1)
+    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    safe = chroma.clamp_min(1e-8)
+    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    k = torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None] + (hue + 6 * shift[:, None, None])[:, None]
+    k = k.remainder(6)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def jitter(x, brightness, contrast, saturation, hue, order):
+    """Colour jitter of [b, 3, h, w] in [0, 1], each sample with its own factors [b] and its own order of operations.
+
+    Brightness, contrast and saturation are one operation: a blend with black, with the mean grey, or with the grey image.
+    """
+    order = ORDERS[order.long().cpu()]  # the draws arrive on the host, so choosing the samples of each operation costs no synchronisation
+    factors = torch.stack([brightness, contrast, saturation, torch.ones_like(hue)], 1)
+    for operation in order.unbind(1):
+        operation, turned = operation.to(x.device, non_blocking=True), (operation == 3).nonzero()[:, 0].to(x.device, non_blocking=True)
+        gray = grayscale(x)
+        is_contrast, is_saturation = ((operation == i)[:, None, None, None] for i in (1, 2))
+        base = torch.where(is_saturation, gray, is_contrast * reduce(gray, "b 1 h w -> b 1 1 1", "mean"))
+        x = torch.lerp(base, x, factors.gather(1, operation[:, None])[..., None, None]).clamp(0, 1)
+        x[turned] = shift_hue(x[turned], hue[turned])
+    return x
+
+
+def blur(x, sigma, radius=6):
+    """Gaussian blur of [b, c, h, w], each sample with its own sigma [b] in pixels; borders reflect. radius: 3 x the largest sigma, 2.
+
+    The blur is a product with a banded matrix along each axis; a reflected border adds each tap's mirror image.
+    """
+
+    def matrix(n):
+        i = torch.arange(n, device=x.device)
+        distance = i[:, None] - i
+        mirrored = [distance, torch.where(i > 0, i[:, None] + i, radius + 1), torch.where(i < n - 1, 2 * (n - 1) - i[:, None] - i, radius + 1)]
+        taps = sum((-0.5 * (d / sigma[:, None, None]) ** 2).exp() * (d.abs() <= radius) for d in mirrored)
+        return taps / taps.sum(-1, keepdim=True)
+
+    return einsum(matrix(x.shape[2]), x, matrix(x.shape[3]), "b i h, b c h w, b j w -> b c i j")
+
+
+def photometry(crops, parameters):
+    """uint8 [b, 3, h, w] and the parameters [b, 8] drawn for them (on the host) -> normalised float32 [b, 3, h, w] on the crops' device."""
+    host = dict(zip(PARAMETERS, parameters.unbind(1)))
+    device = dict(zip(PARAMETERS, parameters.to(crops.device, non_blocking=True).unbind(1)))
+    x = crops.float() / 255
+    x = jitter(x, *(device[name] for name in PARAMETERS[:4]), host["order"])
+    x = torch.where(device["gray"][:, None, None, None] > 0, grayscale(x), x)
+    blurred = host["sigma"].nonzero()[:, 0].to(crops.device, non_blocking=True)
+    x[blurred] = blur(x[blurred], device["sigma"][blurred])
+    x = torch.where((device["solarize"][:, None, None, None] > 0) & (x >= 128 / 255), 1 - x, x)
+    return normalize(x)
+
+
+def normalize(x):
+    """[b, 3, h, w] in [0, 1] -> ImageNet's mean and standard deviation taken out."""
+    return (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
+
+
+def views(batch, device):
+    """A loader's batch -> the two tensors that the networks see, [2, b, 3, g, g] and [v - 2, b, 3, l, l], float32, on device."""
+    *crops, parameters = batch
+    out, start = [], 0
+    for group in crops:
+        v, b = group.shape[1], group.shape[0]
+        flat = rearrange(group.to(device, non_blocking=True), "b v c h w -> (v b) c h w")
+        x = photometry(flat, rearrange(parameters[:, start : start + v], "b v p -> (v b) p"))
+        out.append(rearrange(x, "(v b) c h w -> v b c h w", v=v))
+        start += v
+    return out
+
+
+def center_crop(image, size):
+    """Evaluation's view: uint8 [3, h, w] -> uint8 [3, size, size], the short side resized to 256 / 224 of size (section 4), then the middle."""
+    h, w = image.shape[1:]
+    short = size * 256 // 224
+    image = resize(image, max(short, round(h * short / min(h, w))), max(short, round(w * short / min(h, w))))
+    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+    return image[:, top : top + size, left : left + size]

@@ -1,0 +1,255 @@
+"""Where images come from: a folder, a torchvision data set, or `shapes`, drawn here.
+
+Whatever the source, images[i] is a uint8 tensor [3, h, w] in RGB, images.labels is a list of class indices (-1: none) or None, and
+images.classes are their names. load("name or path", "train" or "val") opens one; Views turns one into crops under stateless randomness.
+"""
+
+import math
+import os
+from pathlib import Path
+from random import Random
+
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.data import Dataset
+from torchvision import datasets
+from torchvision.transforms.functional import pil_to_tensor
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+def to_tensor(image):
+    """A PIL image of any mode -> uint8 [3, h, w]: turned as its EXIF says, 16 bits scaled to 8, transparency over white."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def read_image(path):
+    """An image file -> uint8 [3, h, w]. OSError or another exception of Pillow's if it cannot be read."""
+    with Image.open(path) as image:
+        image.load()
+        return to_tensor(image)
+
+
+class Folder:
+    """The images below a folder, at any depth. Class names are those of the folders at the top, if every image lies in one and there are two."""
+
+    def __init__(self, root):
+        self.root, self.paths, seen = Path(root), [], set()
+        for folder, subfolders, files in os.walk(root, followlinks=True):
+            if (real := os.path.realpath(folder)) in seen:  # a link back up
+                subfolders.clear()
+                continue
+            seen.add(real)
+            subfolders.sort()
+            folder = os.path.relpath(folder, root)
+            self.paths += [os.path.normpath(os.path.join(folder, file)) for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
+        if not self.paths:
+            raise ValueError(f"no images below {str(root)!r}: looked for {' '.join(EXTENSIONS)}")
+        tops = [path.split(os.sep)[0] if os.sep in path else None for path in self.paths]
+        classes = sorted(set(tops) - {None})
+        labelled = None not in tops and len(classes) > 1
+        self.classes = classes if labelled else None
+        self.labels = list(map({name: i for i, name in enumerate(classes)}.get, tops)) if labelled else None
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return read_image(self.root / self.paths[i])
+
+    def name(self, i):
+        return str(self.root / self.paths[i])
+
+
+def split_folder(root, split):
+    """The folder that holds a split. An ImageNet-like root has train/ and val/ (or test/); a root that is itself the train/ of such a pair has val/ beside it.
+
+    Without such folders the whole root is the training split and there is no other: None.
+    """
+    root = Path(root).absolute()
+    for base in (root, root.parent) if root.name == "train" else (root,):
+        held_out = [base / name for name in ("val", "test") if (base / name).is_dir()]
+        if held_out and (base / "train").is_dir():
+            return base / "train" if split == "train" else held_out[0]
+    return root if split == "train" else None
+
+
+TORCHVISION = {  # name -> how to open its splits, and where it keeps its labels
+    "cifar10": (lambda root, train: datasets.CIFAR10(root, train, download=True), lambda data: data.targets),
+    "cifar100": (lambda root, train: datasets.CIFAR100(root, train, download=True), lambda data: data.targets),
+    "stl10": (lambda root, train: datasets.STL10(root, "train+unlabeled" if train else "test", download=True), lambda data: data.labels.tolist()),
+    "imagenette": (
+        lambda root, train: datasets.Imagenette(root, "train" if train else "val", size="160px", download=not (Path(root) / "imagenette2-160").exists()),
+        lambda data: [label for _, label in data._samples],
+    ),
+    "flowers102": (lambda root, train: datasets.Flowers102(root, "train" if train else "test", download=True), lambda data: data._labels),
+    "pets": (lambda root, train: datasets.OxfordIIITPet(root, "trainval" if train else "test", download=True), lambda data: data._labels),
+}
+
+
+class Torchvision:
+    """One of torchvision's labelled data sets, downloaded on first use beside torch.hub's cache."""
+
+    def __init__(self, name, split):
+        root = Path(torch.hub.get_dir()).parent / "datasets"
+        open_split, labels_of = TORCHVISION[name]
+        try:
+            self.data = open_split(str(root), split == "train")
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"cannot download {name} to {str(root)!r}: {error}") from None
+        self.labels = [int(label) for label in labels_of(self.data)]
+        self.classes = getattr(self.data, "classes", None) or [str(label) for label in sorted(set(self.labels) - {-1})]
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        return to_tensor(self.data[i][0])
+
+    def name(self, i):
+        return f"image {i}"
+
+
+def polar(radii, turns=1.0):
+    """A polygon around the origin, its corners spread evenly over so many turns, at the given distances."""
+    return [(r * math.cos(a), r * math.sin(a)) for i, r in enumerate(radii) for a in [2 * math.pi * turns * i / len(radii)]]
+
+
+def arc(radius, start, end, x=0.0, points=24):
+    """Points of a circle's arc, between two angles in turns."""
+    angles = [2 * math.pi * (start + (end - start) * i / (points - 1)) for i in range(points)]
+    return [(x + radius * math.cos(a), radius * math.sin(a)) for a in angles]
+
+
+OUTLINES = {  # within the unit circle
+    "arrow": [(-0.9, -0.25), (0.1, -0.25), (0.1, -0.75), (1, 0), (0.1, 0.75), (0.1, 0.25), (-0.9, 0.25)],
+    "crescent": arc(1, 0.14, 0.86) + arc(0.8, 0.8, 0.2, x=0.35),
+    "cross": [(x * sx, y * sy) for sx, sy, flip in [(1, 1, 0), (-1, 1, 1), (-1, -1, 0), (1, -1, 1)]
+              for x, y in ([(0.95, 0.3), (0.3, 0.3), (0.3, 0.95)][:: -1 if flip else 1])],
+    "disc": polar([0.85] * 32),
+    "flower": polar([0.7 + 0.3 * math.cos(5 * 2 * math.pi * i / 60) for i in range(60)]),
+    "heart": [(math.sin(t) ** 3, (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16)
+              for t in [2 * math.pi * i / 40 for i in range(40)]],
+    "ring": arc(0.9, 0, 1) + arc(0.5, 1, 0),
+    "square": polar([1] * 4),
+    "star": polar([1, 0.42] * 5),
+    "triangle": polar([1] * 3),
+}  # fmt: skip
+
+
+class Shapes:
+    """The built-in data: one to four objects of one class on a blurry background, and a mask of them. No file, no download.
+
+    Image i is drawn from (seed, split, i) alone. Colours, places, sizes and rotations say nothing about the class; only the outline does.
+    """
+
+    classes = list(OUTLINES)
+
+    def __init__(self, split="train", length=None, size=64, seed=0):
+        self.split, self.size, self.seed = split, size, seed
+        self.length = length or {"train": 10_000, "val": 1_000}[split]
+        self.labels = [i % len(OUTLINES) for i in range(self.length)]
+
+    def __len__(self):
+        return self.length
+
+    def name(self, i):
+        return f"{self.classes[self.labels[i]]} {i}"
+
+    def draw(self, i):
+        """(PIL image, PIL mask): the mask is 0 on the background and 1, 2, ... on the objects."""
+        rng, size = Random(f"shapes {self.seed} {self.split} {i}"), self.size
+        outline = OUTLINES[self.classes[self.labels[i]]]
+        image = Image.frombytes("RGB", (3, 3), rng.randbytes(27)).resize((size, size), Image.BICUBIC)
+        mask, placed = Image.new("L", (size, size)), []
+        for number in range(1, 1 + rng.randint(1, 4)):
+            for _ in range(10):  # a few tries to find a free place
+                radius = size * rng.uniform(0.14, 0.3)
+                x, y = rng.uniform(radius, size - radius), rng.uniform(radius, size - radius)
+                if all(math.hypot(x - x2, y - y2) > radius + radius2 for x2, y2, radius2 in placed):
+                    break
+            else:
+                continue
+            placed.append((x, y, radius))
+            behind = color = image.getpixel((int(x), int(y)))
+            while sum(abs(a - b) for a, b in zip(color, behind)) < 200:
+                color = tuple(rng.randbytes(3))
+            a = rng.uniform(0, 2 * math.pi)
+            corners = [(x + radius * (u * math.cos(a) - v * math.sin(a)), y + radius * (u * math.sin(a) + v * math.cos(a))) for u, v in outline]
+            stencil = Image.new("L", (2 * size, 2 * size))
+            ImageDraw.Draw(stencil).polygon([(2 * u, 2 * v) for u, v in corners], fill=255)
+            stencil = stencil.reduce(2)  # antialiased
+            image.paste(color, mask=stencil)
+            mask.paste(number, mask=stencil.point(lambda value: 255 * (value > 127)))
+        return image, mask
+
+    def __getitem__(self, i):
+        return pil_to_tensor(self.draw(i)[0])
+
+    def mask(self, i):
+        """uint8 [h, w]: 0 for the background, 1, 2, ... for the objects."""
+        return pil_to_tensor(self.draw(i)[1])[0]
+
+
+def load(name, split="train"):
+    """The images of a split, or None if the source has no such split. ValueError: no such source, or nothing in it."""
+    if name == "shapes":
+        return Shapes(split)
+    if name in TORCHVISION:
+        return Torchvision(name, split)
+    if not Path(name).is_dir():
+        raise ValueError(f"no folder {name!r}; the built-in data sets are shapes, {', '.join(TORCHVISION)}")
+    folder = split_folder(name, split)
+    return folder and Folder(folder)
+
+
+class Views(Dataset):
+    """(epoch, index) -> transform(image, generator), with a generator that follows from (seed, epoch, index) alone, and the index if the image is bad.
+
+    An image that cannot be read is replaced by the next one that can, so that a batch stays whole.
+    """
+
+    def __init__(self, images, transform, seed=0):
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __getitem__(self, key):
+        epoch, index = key
+        for i in range(index, index + 10):
+            try:
+                image = self.images[i % len(self.images)]
+            except Exception:  # whatever a decoder may raise
+                continue
+            return *self.transform(image, Random(f"{self.seed} {epoch} {index}")), (-1 if i == index else index)
+        raise ValueError(f"ten images in a row cannot be read, the first of them {self.images.name(index)}")
+
+
+class Batches:
+    """A batch sampler: which (epoch, index) make up each of a process's batches, as a function of (seed, step) alone.
+
+    A step takes accumulate batches from each process; together they are the next slice of the epoch's permutation, whatever the number of processes.
+    """
+
+    def __init__(self, length, batch, accumulate=1, rank=0, world=1, seed=0, first=0, last=None):
+        self.length, self.batch, self.accumulate, self.rank, self.world, self.seed = length, batch, accumulate, rank, world, seed
+        self.total = batch * accumulate * world
+        if length < self.total:
+            raise ValueError(f"{length} images are fewer than a global batch of {self.total}: lower --batch or --accumulate")
+        self.steps_per_epoch = length // self.total
+        self.first, self.last = first, last
+
+    def __len__(self):
+        return (self.last - self.first) * self.accumulate
+
+    def __iter__(self):
+        for step in range(self.first, self.last):
+            epoch, i = divmod(step, self.steps_per_epoch)
+            if i == 0 or step == self.first:
+                order = torch.randperm(self.length, generator=torch.Generator().manual_seed(Random(f"{self.seed} {epoch}").getrandbits(63)))
+            for micro in range(self.accumulate):
+                start = i * self.total + (micro * self.world + self.rank) * self.batch
+                yield [(epoch, index) for index in order[start : start + self.batch].tolist()]

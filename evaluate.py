@@ -1,0 +1,175 @@
+"""What the frozen features are worth (section 4): weighted k-nearest neighbours.
+
+    python evaluate.py knn runs/laptop/last.pth [--data path/to/images]
+
+Features are class tokens of the central crop, l2-normalised. A query's k nearest images by cosine similarity s vote for their class with weight
+exp(s / 0.07). The figure of an untrained network of the same architecture, and chance, stand beside.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from augment import center_crop, normalize
+from data import load
+from vit import ViT, load_backbone
+
+
+class CenterCrops(Dataset):
+    """Some of the images, each as (index, central crop); index -1 marks one that cannot be read."""
+
+    def __init__(self, images, indices, size):
+        self.images, self.indices, self.size = images, indices, size
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        try:
+            return self.indices[i], center_crop(self.images[self.indices[i]], self.size)
+        except Exception:  # whatever a decoder may raise
+            return -1, torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+
+
+_last_status = [0.0]
+
+
+def status(line, done=False, every=10):
+    """Progress: on a terminal one line in place; elsewhere a plain line, at most one each so many seconds. done ends it."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="\n" if done else "", file=sys.stderr, flush=True)
+    elif done or time.monotonic() - _last_status[0] > every:
+        _last_status[0] = time.monotonic()
+        print(line, file=sys.stderr, flush=True)
+
+
+def minutes(seconds):
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+@torch.inference_mode()
+def features(backbone, images, indices, device, batch=256, workers=0):
+    """Class tokens of the given images' central crops: ([n, d] float32 on device, the n indices that could be read)."""
+    crops = CenterCrops(images, indices, backbone.image_size)
+    start, out, read = time.monotonic(), [], []
+    for i, crop in DataLoader(crops, batch, num_workers=workers, pin_memory=device.type == "cuda"):
+        tokens = backbone(normalize(crop.to(device, non_blocking=True).float() / 255))
+        out.append(tokens[i >= 0].float())
+        read += i[i >= 0].tolist()
+        done = sum(map(len, out))
+        status(f"features {done}/{len(indices)}, {minutes((time.monotonic() - start) * (len(indices) / max(1, done) - 1))} left")
+    if len(read) < len(indices):
+        print(f"{len(indices) - len(read)} images cannot be read and are left out, the first {images.name(min(set(indices) - set(read)))}", file=sys.stderr)
+    return torch.cat(out), read
+
+
+def knn(bank, bank_labels, queries, labels, ks=(10, 20, 100, 200), temperature=0.07, leave_one_out=False):
+    """Weighted k-NN's top-1 accuracy in per cent: {k: accuracy}.
+
+    bank [n, d], queries [m, d]: features, normalised here. leave_one_out: the queries are the bank, and none votes for itself. A k above the number of
+    candidates counts them all. A tie between classes goes to the lower index.
+    """
+    bank, queries = F.normalize(bank, dim=-1), F.normalize(queries, dim=-1)
+    classes = 1 + max(int(bank_labels.max()), int(labels.max()))
+    limit, chunk = len(bank) - leave_one_out, max(1, 2**25 // len(bank))  # 128 MB of similarities at a time
+    right = dict.fromkeys(ks, 0)
+    for start in range(0, len(queries), chunk):
+        similarity = queries[start : start + chunk] @ bank.T
+        if leave_one_out:
+            rows = torch.arange(len(similarity), device=bank.device)
+            similarity[rows, start + rows] = -2
+        similarity, nearest = similarity.topk(min(max(ks), limit))
+        weight, voted = (similarity / temperature).exp(), bank_labels[nearest]
+        for k in ks:
+            votes = weight.new_zeros(len(weight), classes).scatter_add_(1, voted[:, :k], weight[:, :k])
+            right[k] += (votes.argmax(1) == labels[start : start + chunk]).sum().item()
+    return {k: 100 * n / len(queries) for k, n in right.items()}
+
+
+def spread(labels, limit):
+    """Indices of labelled images, at most limit of them, evenly spread."""
+    indices = [i for i, label in enumerate(labels) if label >= 0]
+    step = max(1.0, len(indices) / limit) if limit else 1.0
+    return [indices[int(i * step)] for i in range(int(len(indices) / step))]
+
+
+def knn_of(backbone, train, val, device, batch=256, workers=0, ks=(10, 20, 100, 200), limits=(None, None)):
+    """The k-NN accuracy of a backbone, and (bank, queries), how many images that compares. val None: train against itself, leaving one out.
+
+    limits: at most so many images in the bank and among the queries.
+    """
+    bank, read = features(backbone, train, spread(train.labels, limits[0]), device, batch, workers)
+    bank_labels = torch.tensor([train.labels[i] for i in read], device=device)
+    if val is None:
+        return knn(bank, bank_labels, bank, bank_labels, ks, leave_one_out=True), (len(bank), len(bank))
+    queries, read = features(backbone, val, spread(val.labels, limits[1]), device, batch, workers)
+    labels = torch.tensor([val.labels[i] for i in read], device=device)
+    return knn(bank, bank_labels, queries, labels, ks), (len(bank), len(queries))
+
+
+def open_splits(data):
+    """(training split, held-out split or None) of a labelled data set. ValueError: no labels, or splits whose classes differ."""
+    train, val = load(data, "train"), load(data, "val")
+    if train.labels is None:
+        raise ValueError(f"{data!r} has no labels: put the images of each class into a folder of its own")
+    if val is not None and val.classes != train.classes:
+        raise ValueError(f"{data!r}: the training split has classes {train.classes}, the held-out one {val.classes}")
+    return train, val
+
+
+def untrained(backbone, seed=0):
+    """A backbone of the same architecture with fresh weights."""
+    torch.manual_seed(seed)
+    shape = backbone.blocks[0].attn.heads, backbone.image_size
+    return ViT(backbone.patch, backbone.dim, len(backbone.blocks), *shape).to(backbone.cls_token.device).eval()
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("protocol", choices=("knn",))
+    parser.add_argument("checkpoint", help="a checkpoint with a ViT in it")
+    parser.add_argument("--data", help="a folder or a data set's name (default: what the checkpoint was trained on)")
+    parser.add_argument("--network", choices=("teacher", "student"), default="teacher", help="which of a checkpoint's two networks")
+    parser.add_argument("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="neighbours (the paper's: 10 20 100 200, 20 is best)")
+    parser.add_argument("--batch", type=int, default=256, help="images at a time")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--untrained", action=argparse.BooleanOptionalAction, default=True, help="also evaluate a network with fresh weights")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    if min(args.k) < 1 or args.batch < 1 or args.workers < 0:
+        raise ValueError("--k and --batch must be positive, --workers not negative")
+    backbone, trained_with = load_backbone(args.checkpoint, args.network)
+    device = torch.device(args.device)
+    data = args.data or trained_with.get("data")
+    if data is None:
+        raise ValueError(f"{args.checkpoint!r} does not say what it was trained on: give --data")
+    train, val = open_splits(data)
+    print(f"{args.checkpoint}: {args.network}, width {backbone.dim}, {len(backbone.blocks)} blocks, patch {backbone.patch}, size {backbone.image_size}")
+
+    def evaluate(network):
+        return knn_of(network.to(device), train, val, device, args.batch, args.workers, args.k)
+
+    top1, (n, m) = evaluate(backbone)
+    base = evaluate(untrained(backbone))[0] if args.untrained else {}
+    most = Counter((val or train).labels).most_common(1)[0][1]
+    print(f"{data}: {m} queries against {n if val else n - 1} images, {len(train.classes)} classes; chance {100 / len(train.classes):.1f} %,", end=" ")
+    print(f"always the commonest class {100 * most / m:.1f} %")
+    print(f"{'k':>5}  {'top-1 %':>8}  {'untrained %':>11}")
+    for k in args.k:
+        beside = f"{base[k]:11.1f}" if base else ""
+        print(f"{k:5}  {top1[k]:8.1f}  {beside}" + (f"  (all {n} images)" if k > n else ""))
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}")

@@ -1,0 +1,369 @@
+"""Algorithm 1: self-distillation with no labels.
+
+    python train.py                                                                  built-in data, any machine, minutes
+    python train.py --data path/to/images                                            any folder of images
+    torchrun --nproc_per_node=8 train.py --arch vit_small --patch 16 --data path/to/imagenet/train
+
+A student is trained to give, for every crop of an image, the output that a teacher gives for the other global crops; the teacher is the
+student's exponential moving average. train() is the algorithm; what stands above it is the recipe, the schedules and the run's folder.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from augment import MultiCrop, views
+from data import Batches, Views, load
+from evaluate import knn_of, minutes, status
+from head import DINOHead
+from loss import batch_center, dino_loss, entropies, teacher_temp_at, update_center
+from visualize import draw_attention, draw_curves
+from vit import ARCHITECTURES, build_backbone, load_checkpoint
+
+RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
+    "patch": (16, 8, "side of a patch in pixels"),
+    "drop_path": (0.1, 0.0, "stochastic depth in the student's last block"),
+    "global_size": (224, 64, "side of the two global crops"),
+    "local_size": (96, 32, "side of the local crops"),
+    "local_crops": (8, 6, "number of local crops"),
+    "global_scale": ((0.4, 1.0), (0.4, 1.0), "area of a global crop, as a share of the image's"),
+    "local_scale": ((0.05, 0.4), (0.1, 0.4), "area of a local crop"),
+    "out_dim": (65536, 1024, "K, the outputs of the head"),
+    "hidden_dim": (2048, 512, "width of the head's hidden layers"),
+    "bottleneck_dim": (256, 128, "width of the head's bottleneck"),
+    "norm_last_layer": (True, True, "fix the norm g of the last layer's rows at 1 (the 300-epoch runs: --no-norm_last_layer)"),
+    "student_temp": (0.1, 0.1, "tau_s"),
+    "teacher_temp": (0.04, 0.04, "tau_t after its warm-up (the 300-epoch runs: 0.07)"),
+    "warmup_teacher_temp": (0.04, 0.04, "tau_t at the start"),
+    "warmup_teacher_temp_epochs": (30, 0, "epochs over which tau_t rises"),
+    "center_momentum": (0.9, 0.9, "m of Eq. 4"),
+    "momentum": (0.996, 0.99, "the teacher's lambda at the start; it ends at 1"),
+    "epochs": (100, 12, "passes over the data"),
+    "batch": (64, 64, "images a process a step"),
+    "accumulate": (1, 1, "batches a step, for a larger global batch on the same memory"),
+    "lr": (5e-4, 4e-3, "peak learning rate for a global batch of 256; it scales with the batch"),
+    "min_lr": (1e-6, 1e-5, "learning rate at the end"),
+    "warmup_epochs": (10, 1, "epochs over which the learning rate rises"),
+    "weight_decay": (0.04, 0.04, "weight decay at the start"),
+    "weight_decay_end": (0.4, 0.4, "weight decay at the end"),
+    "clip": (3.0, 3.0, "largest norm of the gradient, 0 for any"),
+    "freeze_last_layer": (1, 1, "epochs during which the head's last layer stays as it is"),
+}
+FREE = ("steps", "compile", "workers", "device", "output", "overwrite", "log_every", "save_every", "keep_every", "knn_every", "knn_bank")  # resuming may change these
+
+
+class Network(nn.Module):
+    """g = h o f: the backbone, then the projection head on its class token."""
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, *crops):
+        """Tensors of views [v, b, 3, h, w], one for each resolution -> logits [v, b, k] of all views."""
+        tokens = [self.backbone(rearrange(crop, "v b c h w -> (v b) c h w")) for crop in crops if len(crop)]
+        return rearrange(self.head(torch.cat(tokens)), "(v b) k -> v b k", b=crops[0].shape[1])
+
+
+def cosine(progress, start, end):
+    """start at progress 0, end at 1, half a cosine between."""
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def schedules(step, args, steps_per_epoch, global_batch):
+    """(learning rate, weight decay, momentum lambda, tau_t) at a step: pure functions of it (section 3.2, "Implementation details")."""
+    total, warmup = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
+    peak = args.lr * global_batch / 256
+    lr = peak * step / warmup if step < warmup else cosine((step - warmup) / (total - warmup), peak, args.min_lr)
+    tau_t = teacher_temp_at(step / steps_per_epoch, args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs)
+    return lr, cosine(step / total, args.weight_decay, args.weight_decay_end), cosine(step / total, args.momentum, 1.0), tau_t
+
+
+def parameter_groups(network):
+    """AdamW's groups: weight decay for what has several dimensions, none for biases and norms."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    return [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}]
+
+
+def train(args, device, rank, world):
+    images, val = open_data(args, rank)
+    batches = Batches(len(images), args.batch, args.accumulate, rank, world, args.seed)
+    steps_per_epoch, global_batch = batches.steps_per_epoch, batches.total
+    total = args.epochs * steps_per_epoch
+
+    torch.manual_seed(args.seed)
+    backbone = build_backbone(args.arch, args.patch, args.global_size, args.drop_path)
+    head = DINOHead(backbone.dim, args.out_dim, args.hidden_dim, args.bottleneck_dim, args.norm_last_layer)
+    student = Network(backbone, head).to(device)
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    center = torch.zeros(args.out_dim, device=device)
+    optimizer = torch.optim.AdamW(parameter_groups(student), fused=True)
+    dtype = amp_dtype(args.amp, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    run = Run(args, global_batch, images, dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler), center, rank)
+
+    first = run.resume()
+    batches.first, batches.last = first, max(first, min(total, args.steps or total))
+    forward = torch.compile(student) if args.compile else student
+    if world > 1:
+        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
+    crop = MultiCrop(args.global_size, args.local_size, args.local_crops, args.global_scale, args.local_scale)
+    prefetch = 4 if args.workers else None
+    pin = device.type == "cuda"
+    loader = iter(DataLoader(Views(images, crop, args.seed), batch_sampler=batches, num_workers=args.workers, pin_memory=pin, prefetch_factor=prefetch))
+    scaled = f"{args.lr:g} x {global_batch} / 256 = {args.lr * global_batch / 256:g}"
+    run.say(f"{len(images)} images, {world} x {args.batch} x {args.accumulate} a step, {total} steps, learning rate {scaled}, {device}, {dtype or 'float32'}")
+    if first == 0:
+        run.test(teacher, images, val, device, 0, 0)
+
+    for step in range(first, batches.last):  # Algorithm 1
+        lr, weight_decay, momentum, teacher_temp = schedules(step, args, steps_per_epoch, global_batch)
+        for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0)):
+            group.update(lr=lr, weight_decay=decay)
+        torch.manual_seed(Random(f"{args.seed} {step} {rank}").getrandbits(63))  # what drop path draws follows from the step alone
+
+        loss, mean = 0.0, 0.0
+        for micro in range(args.accumulate):
+            *batch, replaced = next(loader)
+            run.bad.update(replaced[replaced >= 0].tolist())
+            crops = views(batch, device)
+            wait = world > 1 and micro < args.accumulate - 1
+            with forward.no_sync() if wait else nullcontext():
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    with torch.inference_mode():
+                        t = teacher(crops[0])
+                    s = forward(*crops)
+                part = dino_loss(s, t, center, args.student_temp, teacher_temp) / args.accumulate
+                scaler.scale(part).backward()
+            loss, mean = loss + part.detach(), mean + batch_center(t) / args.accumulate
+
+        scaler.unscale_(optimizer)
+        if step < args.freeze_last_layer * steps_per_epoch:
+            for p in student.head.last_layer.parameters():
+                p.grad = None
+        norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        get_ema_multi_avg_fn(momentum)(list(teacher.parameters()), list(student.parameters()), None)
+
+        done = step + 1
+        epoch, ended = done / steps_per_epoch, done % steps_per_epoch == 0
+        log = done == 1 or done % args.log_every == 0
+        save = ended or done == batches.last or (args.save_every and done % args.save_every == 0)
+        if log or save:  # the only steps on which the host waits for the device
+            values = torch.stack([loss, *entropies(t, center, teacher_temp), norm])
+            if world > 1:
+                dist.all_reduce(values)
+            loss, entropy, mean_entropy, norm = (values / world).tolist()
+            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+                raise ValueError(f"the loss is {loss} and the gradient's norm {norm} at step {done}: resume from {args.output}/last.pth "
+                                 "with a lower --lr, a smaller --clip, a higher --teacher_temp, or --amp off")  # fmt: skip
+        update_center(center, mean, args.center_momentum)
+        if log:
+            run.log(step=done, epoch=epoch, loss=loss, entropy=entropy, mean_entropy=mean_entropy, kl=loss - entropy, lr=lr,
+                    weight_decay=weight_decay, momentum=momentum, teacher_temp=teacher_temp, grad_norm=norm)  # fmt: skip
+            run.progress(done, first, batches.last, epoch, loss, entropy)
+        if ended and args.knn_every and (round(epoch) % args.knn_every == 0 or done == total):
+            run.test(teacher, images, val, device, done, round(epoch))
+        if save:
+            run.save("last.pth", done, epoch)
+            if ended and args.keep_every and round(epoch) % args.keep_every == 0:
+                run.save(f"epoch-{round(epoch):04d}.pth", done, epoch)
+    run.finish(teacher, val or images)
+
+
+class Run:
+    """A run's folder, which rank 0 alone writes: config.json, log.jsonl, last.pth and epoch-NNNN.pth, curves.png, attention.png."""
+
+    def __init__(self, args, global_batch, images, state, center, rank):
+        self.args, self.state, self.center, self.main = args, state, center, rank == 0
+        self.images, self.bad, self.start = images, set(), time.monotonic()
+        self.config = {name: value for name, value in vars(args).items() if name not in FREE} | {"global_batch": global_batch}
+        # what makes up the global batch may change, as long as it stays the same size
+        self.identity = {name: value for name, value in self.config.items() if name not in ("batch", "accumulate")}
+
+    def say(self, line):
+        if self.main:
+            print(line, flush=True)
+
+    def resume(self):
+        """Loads last.pth, if there is one of the same configuration; the step to go on from. ValueError: another configuration, with the differences."""
+        path = self.args.output / "last.pth"
+        first = 0
+        if path.exists() and not self.args.overwrite:
+            checkpoint = load_checkpoint(path)
+            theirs = checkpoint["args"]
+            differ = [f"{name} {theirs.get(name)} -> {value}" for name, value in self.identity.items() if theirs.get(name) != value]
+            if differ:
+                raise ValueError(f"{path} was made with another configuration ({', '.join(differ)}): choose another --output, or --overwrite it")
+            for name, part in self.state.items():
+                part.load_state_dict(checkpoint[name])
+            self.center.copy_(checkpoint["center"])
+            first = checkpoint["step"]
+            self.say(f"resumed from {path} at step {first}")
+        if self.main:
+            self.args.output.mkdir(parents=True, exist_ok=True)
+            (self.args.output / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
+            log = self.args.output / "log.jsonl"
+            lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= first] if first and log.exists() else []
+            log.write_text("".join(line + "\n" for line in lines))  # nothing from after the checkpoint
+        return first
+
+    def log(self, **values):
+        if self.main:
+            with open(self.args.output / "log.jsonl", "a") as file:
+                file.write(json.dumps({name: float(f"{value:.7g}") for name, value in values.items()}) + "\n")
+
+    def test(self, teacher, images, val, device, step, epoch):
+        """Logs the k-NN accuracy (k = 20) of the teacher so far, on a part of the labelled images."""
+        if self.main and images.labels and self.args.knn_every:
+            queries = 1000 if val is not None else self.args.knn_bank
+            top1, _ = knn_of(teacher.backbone, images, val, device, workers=self.args.workers, ks=(20,), limits=(self.args.knn_bank, queries))
+            self.log(step=step, epoch=epoch, knn=top1[20])
+            self.say(f"epoch {epoch}: k-NN {top1[20]:.1f} %" + (" (untrained)" if step == 0 else ""))
+
+    def progress(self, done, first, last, epoch, loss, entropy):
+        if self.main:
+            rate = (done - first) / (time.monotonic() - self.start)
+            speed = f"{rate * self.config['global_batch']:.0f} images/s, {minutes((last - done) / rate)} left"
+            status(f"epoch {epoch:.2f}/{self.args.epochs}  step {done}  loss {loss:.3f}  entropy {entropy:.3f}  KL {loss - entropy:.3f}  {speed}")
+
+    def save(self, name, step, epoch):
+        """Writes a checkpoint beside its place and moves it there, so that whatever happens, a whole one stands."""
+        if not self.main:
+            return
+        path = self.args.output / name
+        checkpoint = {"format": 1, "step": step, "epoch": epoch, "args": self.config, "classes": self.images.classes, "center": self.center}
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(checkpoint | {name: part.state_dict() for name, part in self.state.items()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+
+    def finish(self, teacher, images):
+        """Draws the pictures and says where everything is."""
+        if not self.main:
+            return
+        output = self.args.output
+        draw_curves(output / "log.jsonl", output / "curves.png", self.args.out_dim)
+        draw_attention(teacher.backbone, [images[i] for i in range(min(5, len(images)))], output / "attention.png")
+        knn = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+        knn = [line["knn"] for line in knn if "knn" in line]
+        self.say(f"done in {minutes(time.monotonic() - self.start)}")
+        for name in ("last.pth", "curves.png", "attention.png"):
+            self.say(f"  {output / name}")
+        if len(knn) > 1:
+            self.say(f"  k-NN {knn[-1]:.1f} %, untrained {knn[0]:.1f} %")
+        if self.bad:
+            self.say(f"  {len(self.bad)} images could not be read, the first {self.images.name(min(self.bad))}")
+
+
+def open_data(args, rank):
+    """(images, held-out images with labels or None). Rank 0 opens them first, so that one process downloads."""
+    if dist.is_initialized() and rank > 0:
+        dist.barrier()
+    images, val = load(args.data, "train"), load(args.data, "val")
+    if dist.is_initialized() and rank == 0:
+        dist.barrier()
+    return images, val if val is not None and val.classes == images.classes else None
+
+
+def amp_dtype(amp, device):
+    """--amp -> the dtype of autocast, or None for float32. auto: bf16 where the GPU has it, else fp16; off on a CPU."""
+    if amp == "auto":
+        amp = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def parse_args(argv=None):
+    """The resolved configuration: what the command line leaves open comes from the architecture's recipe."""
+    which = argparse.ArgumentParser(add_help=False)
+    which.add_argument("--arch", default="vit_micro")
+    paper = which.parse_known_args(argv)[0].arch != "vit_micro"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="shapes", help="a folder of images, or shapes, cifar10, cifar100, stl10, imagenette, flowers102, pets")
+    parser.add_argument("--arch", default="vit_micro", choices=ARCHITECTURES, help="vit_micro takes the laptop's recipe, the others the paper's")
+    for name, (papers, laptops, text) in RECIPE.items():
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(papers, bool) else {"type": type(papers)}
+        if isinstance(papers, tuple):
+            kind = {"type": float, "nargs": 2, "metavar": ("MIN", "MAX")}
+        shown = [" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in (papers, laptops)]
+        parser.add_argument(f"--{name}", default=papers if paper else laptops, help=f"{text} (paper {shown[0]}, laptop {shown[1]})", **kind)
+    parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision (auto: on GPUs)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=0, help="stop after this many steps; changes no schedule (0: at the end)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the student")
+    parser.add_argument("--workers", type=int, default=None, help="processes that load images (default: up to 10 on a GPU, 1 on a CPU)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME, from architecture and data)")
+    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds another run")
+    parser.add_argument("--log_every", type=int, default=10, help="steps between lines of the log")
+    parser.add_argument("--save_every", type=int, default=0, help="steps between writes of last.pth, besides each epoch's end")
+    parser.add_argument("--keep_every", type=int, default=20, help="epochs between checkpoints that are kept (0: none)")
+    parser.add_argument("--knn_every", type=int, default=1, help="epochs between k-NN tests, where there are labels (0: never)")
+    parser.add_argument("--knn_bank", type=int, default=10_000 if paper else 2_000, help="images that vote in those tests")
+    args = parser.parse_args(argv)
+    args.global_scale, args.local_scale = list(args.global_scale), list(args.local_scale)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.workers is None:
+        args.workers = min(10, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.device.startswith("cuda") else 1
+    if args.output is None:
+        data = Path(args.data).absolute() if os.path.isdir(args.data) else Path(args.data)
+        parts = [f"{args.arch}_{args.patch}" if paper else "laptop", data.parent.name if data.name == "train" else data.name]
+        parts += [f"b{args.batch * args.accumulate * world}"] if world > 1 else []
+        args.output = Path("runs", "-".join(part for part in parts if paper or part != "shapes"))
+    return args
+
+
+def check(args):
+    """ValueError for what cannot be trained, naming the flag."""
+    for wrong, why in {
+        args.global_size % args.patch or args.local_size % args.patch: f"--patch {args.patch} must divide --global_size {args.global_size} "
+        f"and --local_size {args.local_size}",
+        min(args.patch, args.batch, args.accumulate, args.epochs, args.log_every, args.hidden_dim, args.bottleneck_dim) < 1: "sizes, --batch, "
+        "--accumulate, --epochs and --log_every must be positive",
+        min(args.local_crops, args.workers, args.steps, args.warmup_epochs) < 0: "--local_crops, --workers, --steps, --warmup_epochs: not below 0",
+    }.items():
+        if wrong:
+            raise ValueError(why)
+
+
+def main(args):
+    world, rank, local_rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    check(args)
+    if args.device == "cuda":
+        torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")
+    device = torch.device(args.device, local_rank) if args.device == "cuda" else torch.device(args.device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank == 0:
+        print(" ".join(f"{name}={value}" for name, value in vars(args).items()))
+    try:
+        train(args, device, rank, world)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
