@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageOps
 from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
@@ -115,45 +115,36 @@ class Torchvision:
         return f"image {i}"
 
 
-def polar(radii, turns=1.0):
-    """A polygon around the origin, its corners spread evenly over so many turns, at the given distances."""
-    return [(r * math.cos(a), r * math.sin(a)) for i, r in enumerate(radii) for a in [2 * math.pi * turns * i / len(radii)]]
+def box(x, y, w, h):
+    return [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]
 
 
-def arc(radius, start, end, x=0.0, points=24):
-    """Points of a circle's arc, between two angles in turns."""
-    angles = [2 * math.pi * (start + (end - start) * i / (points - 1)) for i in range(points)]
-    return [(x + radius * math.cos(a), radius * math.sin(a)) for a in angles]
+def polygon(radii):
+    """Corners around the origin, evenly spread, at the given distances."""
+    return [(r * math.cos(2 * math.pi * i / len(radii)), r * math.sin(2 * math.pi * i / len(radii))) for i, r in enumerate(radii)]
 
 
-OUTLINES = {  # within the unit circle
-    "arrow": [(-0.9, -0.25), (0.1, -0.25), (0.1, -0.75), (1, 0), (0.1, 0.75), (0.1, 0.25), (-0.9, 0.25)],
-    "crescent": arc(1, 0.14, 0.86) + arc(0.8, 0.8, 0.2, x=0.35),
-    "cross": [(x * sx, y * sy) for sx, sy, flip in [(1, 1, 0), (-1, 1, 1), (-1, -1, 0), (1, -1, 1)]
-              for x, y in ([(0.95, 0.3), (0.3, 0.3), (0.3, 0.95)][:: -1 if flip else 1])],
-    "disc": polar([0.85] * 32),
-    "flower": polar([0.7 + 0.3 * math.cos(5 * 2 * math.pi * i / 60) for i in range(60)]),
-    "heart": [(math.sin(t) ** 3, (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16)
-              for t in [2 * math.pi * i / 40 for i in range(40)]],
-    "ring": arc(0.9, 0, 1) + arc(0.5, 1, 0),
-    "square": polar([1] * 4),
-    "star": polar([1, 0.42] * 5),
-    "triangle": polar([1] * 3),
-}  # fmt: skip
+OUTLINES = {"disc": polygon([0.85] * 32), "star": polygon([1, 0.45] * 5), "triangle": polygon([1] * 3)}  # within the unit circle
+PATTERNS = {  # what is painted on an object in its second colour
+    "plain": [],
+    "halved": [box(-1, -1, 1, 2)],
+    "striped": [box(-0.95 + i / 2, -1, 0.25, 2) for i in range(4)],
+    "checked": [box(-1 + 0.4 * i, -1 + 0.4 * j, 0.4, 0.4) for i in range(5) for j in range(5) if (i + j) % 2],
+}
 
 
 class Shapes:
-    """The built-in data: one to four objects of one class on a blurry background, and a mask of them. No file, no download.
+    """The built-in data: two to five objects of one class on a blurry background, and a mask of them. No file, no download.
 
-    Image i is drawn from (seed, split, i) alone. Colours, places, sizes and rotations say nothing about the class; only the outline does.
+    A class is an outline and a pattern. Colours, places, sizes, rotations and the background say nothing about it. Image i is drawn from (seed, split, i) alone.
     """
 
-    classes = list(OUTLINES)
+    classes = [f"{pattern} {outline}" for outline in OUTLINES for pattern in PATTERNS]
 
     def __init__(self, split="train", length=None, size=64, seed=0):
         self.split, self.size, self.seed = split, size, seed
         self.length = length or {"train": 10_000, "val": 1_000}[split]
-        self.labels = [i % len(OUTLINES) for i in range(self.length)]
+        self.labels = [i % len(self.classes) for i in range(self.length)]
 
     def __len__(self):
         return self.length
@@ -164,29 +155,39 @@ class Shapes:
     def draw(self, i):
         """(PIL image, PIL mask): the mask is 0 on the background and 1, 2, ... on the objects."""
         rng, size = Random(f"shapes {self.seed} {self.split} {i}"), self.size
-        outline = OUTLINES[self.classes[self.labels[i]]]
-        image = Image.frombytes("RGB", (3, 3), rng.randbytes(27)).resize((size, size), Image.BICUBIC)
+        pattern, outline = self.classes[self.labels[i]].split()
+        tone = rng.randint(70, 180)
+        image = Image.frombytes("RGB", (3, 3), bytes(tone + rng.randint(-30, 30) for _ in range(27))).resize((size, size), Image.BICUBIC)
         mask, placed = Image.new("L", (size, size)), []
-        for number in range(1, 1 + rng.randint(1, 4)):
+        for number in range(1, 1 + rng.randint(2, 5)):
             for _ in range(10):  # a few tries to find a free place
-                radius = size * rng.uniform(0.14, 0.3)
+                radius = size * rng.uniform(0.12, 0.26)
                 x, y = rng.uniform(radius, size - radius), rng.uniform(radius, size - radius)
                 if all(math.hypot(x - x2, y - y2) > radius + radius2 for x2, y2, radius2 in placed):
                     break
             else:
                 continue
             placed.append((x, y, radius))
-            behind = color = image.getpixel((int(x), int(y)))
-            while sum(abs(a - b) for a, b in zip(color, behind)) < 200:
-                color = tuple(rng.randbytes(3))
-            a = rng.uniform(0, 2 * math.pi)
-            corners = [(x + radius * (u * math.cos(a) - v * math.sin(a)), y + radius * (u * math.sin(a) + v * math.cos(a))) for u, v in outline]
-            stencil = Image.new("L", (2 * size, 2 * size))
-            ImageDraw.Draw(stencil).polygon([(2 * u, 2 * v) for u, v in corners], fill=255)
-            stencil = stencil.reduce(2)  # antialiased
-            image.paste(color, mask=stencil)
-            mask.paste(number, mask=stencil.point(lambda value: 255 * (value > 127)))
+            turn = rng.uniform(0, 2 * math.pi)
+            cos, sin = 2 * radius * math.cos(turn), 2 * radius * math.sin(turn)
+            body, marks = Image.new("L", (2 * size, 2 * size)), Image.new("L", (2 * size, 2 * size))  # twice as large, then reduced: antialiased
+            for canvas, polygons in ((body, [OUTLINES[outline]]), (marks, PATTERNS[pattern])):
+                for corners in polygons:
+                    ImageDraw.Draw(canvas).polygon([(2 * x + u * cos - v * sin, 2 * y + u * sin + v * cos) for u, v in corners], fill=255)
+            marks, body = ImageChops.multiply(body, marks).reduce(2), body.reduce(2)
+            color = self.contrast(rng, image.getpixel((int(x), int(y))))
+            image.paste(color, mask=body)
+            image.paste(self.contrast(rng, color), mask=marks)
+            mask.paste(number, mask=body.point(lambda value: 255 * (value > 127)))
         return image, mask
+
+    @staticmethod
+    def contrast(rng, color):
+        """A random colour that stands out from the given one."""
+        while True:
+            other = tuple(rng.randbytes(3))
+            if sum(abs(a - b) for a, b in zip(color, other)) >= 200:
+                return other
 
     def __getitem__(self, i):
         return pil_to_tensor(self.draw(i)[0])

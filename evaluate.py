@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections import Counter
+from random import Random
 
 import torch
 import torch.nn.functional as F
@@ -91,11 +92,10 @@ def knn(bank, bank_labels, queries, labels, ks=(10, 20, 100, 200), temperature=0
     return {k: 100 * n / len(queries) for k, n in right.items()}
 
 
-def spread(labels, limit):
-    """Indices of labelled images, at most limit of them, evenly spread."""
+def some(labels, limit):
+    """Indices of labelled images: all of them, or limit drawn at random, the same each time."""
     indices = [i for i, label in enumerate(labels) if label >= 0]
-    step = max(1.0, len(indices) / limit) if limit else 1.0
-    return [indices[int(i * step)] for i in range(int(len(indices) / step))]
+    return sorted(Random(0).sample(indices, limit)) if limit and limit < len(indices) else indices
 
 
 def knn_of(backbone, train, val, device, batch=256, workers=0, ks=(10, 20, 100, 200), limits=(None, None)):
@@ -103,11 +103,11 @@ def knn_of(backbone, train, val, device, batch=256, workers=0, ks=(10, 20, 100, 
 
     limits: at most so many images in the bank and among the queries.
     """
-    bank, read = features(backbone, train, spread(train.labels, limits[0]), device, batch, workers)
+    bank, read = features(backbone, train, some(train.labels, limits[0]), device, batch, workers)
     bank_labels = torch.tensor([train.labels[i] for i in read], device=device)
     if val is None:
         return knn(bank, bank_labels, bank, bank_labels, ks, leave_one_out=True), (len(bank), len(bank))
-    queries, read = features(backbone, val, spread(val.labels, limits[1]), device, batch, workers)
+    queries, read = features(backbone, val, some(val.labels, limits[1]), device, batch, workers)
     labels = torch.tensor([val.labels[i] for i in read], device=device)
     return knn(bank, bank_labels, queries, labels, ks), (len(bank), len(queries))
 

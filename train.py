@@ -228,7 +228,7 @@ class Run:
     def log(self, **values):
         if self.main:
             with open(self.args.output / "log.jsonl", "a") as file:
-                file.write(json.dumps({name: float(f"{value:.7g}") for name, value in values.items()}) + "\n")
+                file.write(json.dumps(values) + "\n")
 
     def test(self, teacher, images, val, device, step, epoch):
         """Logs the k-NN accuracy (k = 20) of the teacher so far, on a part of the labelled images."""
@@ -333,15 +333,29 @@ def parse_args(argv=None):
 
 def check(args):
     """ValueError for what cannot be trained, naming the flag."""
-    for wrong, why in {
-        args.global_size % args.patch or args.local_size % args.patch: f"--patch {args.patch} must divide --global_size {args.global_size} "
-        f"and --local_size {args.local_size}",
-        min(args.patch, args.batch, args.accumulate, args.epochs, args.log_every, args.hidden_dim, args.bottleneck_dim) < 1: "sizes, --batch, "
-        "--accumulate, --epochs and --log_every must be positive",
-        min(args.local_crops, args.workers, args.steps, args.warmup_epochs) < 0: "--local_crops, --workers, --steps, --warmup_epochs: not below 0",
-    }.items():
-        if wrong:
-            raise ValueError(why)
+    for flag in ("patch", "global_size", "local_size", "hidden_dim", "bottleneck_dim", "epochs", "batch", "accumulate", "log_every", "knn_bank"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} {getattr(args, flag)} must be positive")
+    for flag in ("drop_path", "local_crops", "warmup_epochs", "freeze_last_layer", "clip", "lr", "workers", "steps", "save_every", "keep_every", "knn_every"):
+        if not getattr(args, flag) >= 0:
+            raise ValueError(f"--{flag} {getattr(args, flag)} must not be negative")
+    for flag in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
+        if not 0 < getattr(args, flag) <= 1:
+            raise ValueError(f"--{flag} {getattr(args, flag)} is no temperature: the paper's lie between 0.04 and 0.1")
+    for flag in ("momentum", "center_momentum"):
+        if not 0 <= getattr(args, flag) <= 1:
+            raise ValueError(f"--{flag} {getattr(args, flag)} must lie between 0 and 1")
+    for flag in ("global_scale", "local_scale"):
+        low, high = getattr(args, flag)
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"--{flag} {low:g} {high:g} must be two shares of the image's area, the smaller first")
+    if args.out_dim < 2:
+        raise ValueError(f"--out_dim {args.out_dim}: K must be at least 2")
+    if args.warmup_epochs > args.epochs:
+        raise ValueError(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}: the learning rate would never reach its peak")
+    for flag in ("global_size", "local_size"):
+        if getattr(args, flag) % args.patch:
+            raise ValueError(f"--patch {args.patch} must divide --{flag} {getattr(args, flag)}")
 
 
 def main(args):

@@ -16,7 +16,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 ARCHITECTURES = {  # the head width is 64 in the paper's; vit_micro is ours, for a laptop's CPU
-    "vit_micro": dict(dim=96, depth=6, heads=3),
+    "vit_micro": dict(dim=96, depth=4, heads=3),
     "vit_tiny": dict(dim=192, depth=12, heads=3),
     "vit_small": dict(dim=384, depth=12, heads=6),
     "vit_base": dict(dim=768, depth=12, heads=12),

@@ -1,0 +1,39 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = str(ROOT)  # for the commands that tests start
+
+TINY = (
+    "--global_size 16 --local_size 8 --local_crops 2 --out_dim 64 --hidden_dim 32 --bottleneck_dim 16 --batch 4 --workers 0 "
+    "--device cpu --knn_bank 20 --log_every 1"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def same_every_time():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of six images of every mode, in train/ and val/."""
+    modes = ("RGB", "RGBA", "L", "P", "CMYK", "I;16")
+    for split in ("train", "val"):
+        for number, name in enumerate(("cats and dogs", "größe")):
+            path = tmp_path / "images" / split / name
+            path.mkdir(parents=True)
+            for i, mode in enumerate(modes):
+                pixels = Image.effect_noise((30 + i, 20), 60 + 60 * number)
+                if mode == "I;16":
+                    image = Image.new(mode, pixels.size, 30_000 * (1 + number))
+                else:
+                    image = pixels.convert("RGB").convert(mode)
+                image.save(path / f"{i}.{'tif' if mode in ('CMYK', 'I;16') else 'png'}")
+    return tmp_path / "images"

@@ -1,0 +1,156 @@
+"""Multi-crop against torchvision, operation by operation, and its distributions against the paper's."""
+
+from random import Random
+
+import pytest
+import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+import augment
+from augment import MultiCrop, center_crop, draw_parameters, photometry, random_box, resize
+
+TOLERANCE = 2 / 255
+
+
+def images(b=6, h=40, w=36):
+    """Blurry noise, with saturated, grey and black parts."""
+    x = torch.rand(b, 3, 5, 5) * 1.6 - 0.3
+    x = torch.nn.functional.interpolate(x, (h, w), mode="bicubic").clamp(0, 1)
+    x[0], x[1, :, :9] = x[0].mean(0), 0
+    return (x * 255).round() / 255
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (13, 57), (96, 96)])
+def test_resize_is_torchvisions(shape):
+    image = (images(1)[0] * 255).byte()
+    expected = tv.resize(image, shape, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    close(resize(image, *shape) / 255, expected / 255)
+
+
+@pytest.mark.parametrize("position, name", enumerate(["brightness", "contrast", "saturation", "hue"]))
+def test_each_jitter_is_torchvisions(position, name):
+    x = images()
+    factors = torch.tensor([0.6, 0.8, 1.0, 1.1, 1.3, 1.4]) if name != "hue" else torch.tensor([-0.1, -0.05, 0, 0.02, 0.07, 0.1])
+    parameters = [torch.ones(6), torch.ones(6), torch.ones(6), torch.zeros(6)]
+    parameters[position] = factors
+    expected = torch.stack([getattr(tv, f"adjust_{name}")(one, factor) for one, factor in zip(x, factors.tolist())])
+    close(augment.jitter(x, *parameters, torch.zeros(6)), expected)
+
+
+def test_jitter_follows_each_samples_order():
+    x = images(24)
+    factors = [torch.empty(24).uniform_(*bounds) for bounds in ((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))]
+    functions = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue]
+    expected = []
+    for i, one in enumerate(x):
+        for operation in augment.ORDERS[i].tolist():
+            one = functions[operation](one, factors[operation][i].item())
+        expected.append(one)
+    close(augment.jitter(x, *factors, torch.arange(24.0)), torch.stack(expected))
+
+
+def test_blur_is_torchvisions():
+    x, sigma = images(), torch.tensor([0.1, 0.3, 0.7, 1.0, 1.5, 2.0])
+    expected = torch.stack([tv.gaussian_blur(one, [13, 13], [s, s]) for one, s in zip(x, sigma.tolist())])
+    close(augment.blur(x, sigma), expected)
+
+
+def test_gray_solarize_and_normalisation_are_torchvisions():
+    crops = (images(3) * 255).byte()
+    parameters = torch.tensor([[1, 1, 1, 0, 0, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0, 1], [1, 1, 1, 0, 0, 0, 0, 0.0]])
+    expected = torch.stack([tv.rgb_to_grayscale(crops[0], 3), tv.solarize(crops[1], 128), crops[2]]) / 255
+    mean, std = (torch.tensor(value)[:, None, None] for value in (augment.MEAN, augment.STD))
+    close(photometry(crops, parameters) * std + mean, expected)
+
+
+def draws(function, n=2000):
+    return [function(Random(i)) for i in range(n)]
+
+
+def uniform(values, low, high):
+    """Kolmogorov-Smirnov: the largest distance to the uniform distribution, bounded at about p = 0.001."""
+    values = sorted((value - low) / (high - low) for value in values)
+    n = len(values)
+    return max(max((i + 1) / n - value, value - i / n) for i, value in enumerate(values)) < 1.95 / n**0.5
+
+
+def rate(values, p):
+    return abs(sum(values) / len(values) - p) < 3.3 * (p * (1 - p) / len(values)) ** 0.5
+
+
+def test_boxes_follow_torchvisions_distribution():
+    for scale in ((0.05, 0.4), (0.4, 1.0)):
+        boxes = draws(lambda rng: random_box(300, 400, scale, rng))
+        assert all(0 <= top <= 300 - h and 0 <= left <= 400 - w for top, left, h, w in boxes)
+        theirs = [v2.RandomResizedCrop.get_params if hasattr(v2.RandomResizedCrop, "get_params") else None][0]
+        crop = v2.RandomResizedCrop(8, scale=scale)
+        theirs = [crop.make_params([torch.empty(3, 300, 400)]) for _ in boxes]
+        for ours, other in (
+            ([h * w for _, _, h, w in boxes], [p["height"] * p["width"] for p in theirs]),
+            ([w / h for _, _, h, w in boxes], [p["width"] / p["height"] for p in theirs]),
+            ([top for top, *_ in boxes], [p["top"] for p in theirs]),
+            ([left for _, left, *_ in boxes], [p["left"] for p in theirs]),
+        ):
+            both = torch.tensor(sorted(ours)), torch.tensor(sorted(other))
+            grid = torch.cat(both).sort().values
+            below = [torch.searchsorted(values, grid, right=True) / len(values) for values in both]
+            assert (below[0] - below[1]).abs().max() < 1.95 * (2 / len(boxes)) ** 0.5
+    assert uniform([h * w / 120_000 for _, _, h, w in draws(lambda rng: random_box(300, 400, (0.05, 0.4), rng))], 0.05, 0.4)
+
+
+def test_a_view_has_its_own_scale_range_and_flips_half_the_time():
+    """On an image whose red is the column and whose green is the row, a crop tells where it was cut."""
+    ramp = torch.arange(256, dtype=torch.uint8)
+    image = torch.stack([ramp.expand(256, 256), ramp[:, None].expand(256, 256), torch.zeros(256, 256, dtype=torch.uint8)])
+    crop, flips, area = MultiCrop(64, 64), [], {"global": [], "local": []}
+    for i in range(100):
+        big, small, _ = crop(image, Random(i))
+        assert big.shape == (2, 3, 64, 64) and small.shape == (8, 3, 64, 64)
+        for name, views in (("global", big), ("local", small)):
+            for view in views.float():
+                row, column = view[1, :, 0], view[0, 0]
+                flips.append(bool(column[-1] < column[0]))
+                area[name].append((row[-1] - row[0]).abs().item() * (column[-1] - column[0]).abs().item() * (64 / 63 / 256) ** 2)
+    assert 0.35 < min(area["global"]) < 0.47 and 0.9 < max(area["global"]) < 1.04
+    assert 0.04 < min(area["local"]) < 0.07 and 0.36 < max(area["local"]) < 0.42
+    assert uniform(area["local"], 0.05, 0.4) and rate(flips, 0.5)
+
+
+def test_photometry_is_drawn_as_in_the_paper():
+    drawn = [dict(zip(augment.PARAMETERS, parameters)) for parameters in draws(lambda rng: draw_parameters(rng, 0.5, 0.2))]
+    jittered = [p for p in drawn if p["brightness"] != 1]
+    assert rate([p in jittered for p in drawn], 0.8)
+    for name, low, high in (("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2), ("hue", -0.1, 0.1)):
+        assert uniform([p[name] for p in jittered], low, high)
+    assert {p["order"] for p in jittered} == set(range(24))
+    assert rate([p["gray"] for p in drawn], 0.2) and rate([p["sigma"] > 0 for p in drawn], 0.5) and rate([p["solarize"] for p in drawn], 0.2)
+    assert uniform([p["sigma"] for p in drawn if p["sigma"]], 0.1, 2.0)
+
+
+def test_each_view_has_its_own_rates():
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    parameters = torch.stack([MultiCrop(8, 8, 2)(image, Random(i))[2] for i in range(1000)])
+    blurred, solarized = (parameters[..., augment.PARAMETERS.index(name)] > 0 for name in ("sigma", "solarize"))
+    for view, (blur, solarize) in enumerate([(1.0, 0.0), (0.1, 0.2), (0.5, 0.0), (0.5, 0.0)]):
+        assert rate(blurred[:, view].tolist(), blur) and rate(solarized[:, view].tolist(), solarize)
+
+
+def test_views_are_independent_and_follow_from_the_generator():
+    image = (images(1)[0] * 255).byte()
+    first, again, other = (MultiCrop(16, 16, 2)(image, Random(seed)) for seed in (1, 1, 2))
+    assert all((a == b).all() for a, b in zip(first, again)) and not (first[0] == other[0]).all()
+    flips = torch.tensor([MultiCrop(8, 8, 2)(image, Random(i))[2][:, 5].tolist() for i in range(2000)])
+    correlation = torch.corrcoef(flips.T)
+    assert (correlation - torch.eye(4)).abs().max() < 0.09
+
+
+def test_center_crop_is_resize_256_crop_224():
+    image = (images(1, 300, 400)[0] * 255).byte()
+    expected = v2.CenterCrop(224)(v2.Resize(256, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)(image))
+    close(center_crop(image, 224) / 255, expected / 255)
+    assert center_crop(image[:, :1, :1], 32).shape == (3, 32, 32)

@@ -1,0 +1,77 @@
+"""Every command, as a user types it, on a handful of images."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from PIL import Image
+
+import visualize
+from data import Shapes
+from vit import build_backbone
+
+
+def command(file, *flags, cwd, status=0):
+    result = subprocess.run([sys.executable, str(ROOT / file), *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=100)
+    assert result.returncode == status, result.stderr
+    return result
+
+
+def test_train_evaluate_and_visualize_a_folder(folder, tmp_path):
+    trained = command("train.py", "--data", folder / "train", *TINY, "--epochs", 2, cwd=tmp_path)
+    run = tmp_path / "runs" / "laptop-images"
+    assert {path.name for path in run.iterdir()} == {"attention.png", "config.json", "curves.png", "last.pth", "log.jsonl"}
+    assert "left" in trained.stderr and "untrained" in trained.stdout and "runs/laptop-images/curves.png" in trained.stdout
+    assert "resumed" in command("train.py", "--data", folder / "train", *TINY, "--epochs", 2, cwd=tmp_path).stdout
+
+    evaluated = command("evaluate.py", "knn", run / "last.pth", "--device", "cpu", cwd=tmp_path).stdout
+    assert "12 queries against 12 images, 2 classes; chance 50.0 %" in evaluated and "(all 12 images)" in evaluated
+    rows = [line.split() for line in evaluated.splitlines() if line.strip()[:1].isdigit() and "queries" not in line]
+    assert [row[0] for row in rows] == ["10", "20", "100", "200"] and all(0 <= float(row[i]) <= 100 for row in rows for i in (1, 2))
+
+    image = folder / "val" / "größe" / "0.png"
+    command("visualize.py", run / "last.pth", image, "--device", "cpu", cwd=tmp_path)
+    assert min(Image.open(tmp_path / "0_attention.png").size) > 200
+    command("visualize.py", run / "last.pth", folder / "val" / "größe", "--output", tmp_path / "many", "--device", "cpu", cwd=tmp_path)
+    assert len(list((tmp_path / "many").iterdir())) == 6
+
+
+def test_errors_are_one_line(folder, tmp_path):
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    Image.new("RGB", (8, 8)).save(loose / "a.png")
+    torch.save({"teacher": {"backbone." + k: v for k, v in build_backbone("vit_micro", 8, 16).state_dict().items()}}, tmp_path / "c.pth")
+    for file, flags, message in (
+        ("train.py", ["--data", "nowhere"], "no folder 'nowhere'"),
+        ("train.py", ["--data", loose], "1 images are fewer than a global batch of 64"),
+        ("evaluate.py", ["knn", "none.pth"], "no checkpoint at 'none.pth'"),
+        ("evaluate.py", ["knn", "c.pth"], "give --data"),
+        ("evaluate.py", ["knn", "c.pth", "--data", loose], "has no labels"),
+        ("visualize.py", ["c.pth", "none.png"], "cannot read 'none.png'"),
+    ):
+        error = command(file, *flags, cwd=tmp_path, status=1).stderr
+        assert message in error and len(error.splitlines()) == 1 and error.startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize("file", ["train.py", "evaluate.py", "visualize.py"])
+def test_help(file, tmp_path):
+    assert "usage" in command(file, "--help", cwd=tmp_path).stdout
+
+
+def test_the_mask_keeps_the_fewest_patches_with_the_mass():
+    maps = torch.tensor([[0.05, 0.4, 0.05], [0.1, 0.3, 0.1]])
+    assert visualize.keep_mass(maps, 0.6).tolist() == [[False, True, False], [False, True, False]]
+    assert visualize.keep_mass(maps, 0.75).sum() == 3
+    assert visualize.keep_mass(torch.stack([maps, maps.flip(0)]), 1.0).all()
+
+
+def test_attention_is_drawn_at_sizes_that_the_patch_does_not_divide(tmp_path):
+    backbone = build_backbone("vit_micro", 8, 16).eval()
+    image = Shapes()[0][:, :51, :37]
+    assert visualize.fit(image, 37, 8).shape == (3, 48, 32)
+    maps = visualize.attention_maps(backbone, torch.randn(2, 3, 48, 32))
+    assert maps.shape == (2, 3, 6, 4) and (maps.sum((-1, -2)) < 1).all()
+    visualize.draw_attention(backbone, [image, image[:, :9]], tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000

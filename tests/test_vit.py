@@ -1,0 +1,116 @@
+"""The backbone against textbook formulas."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+import vit
+from vit import ViT, build_backbone, load_backbone
+
+
+def small(**changes):
+    return ViT(**dict(patch=4, dim=24, depth=3, heads=3, image_size=16) | changes).eval()
+
+
+def test_patch_embedding_is_a_convolution():
+    backbone, images = small(), torch.randn(2, 3, 16, 24)
+    kernel = rearrange(backbone.patch_embed.proj.weight, "d (c p q) -> d c p q", c=3, p=4)
+    expected = F.conv2d(images, kernel, backbone.patch_embed.proj.bias, stride=4)
+    torch.testing.assert_close(backbone.patch_embed(images), rearrange(expected, "b d h w -> b (h w) d"))
+
+
+def test_attention_is_softmax_of_scaled_products():
+    attention, x = vit.Attention(12, 3), torch.randn(2, 5, 12)
+    q, k, v = attention.qkv(x).chunk(3, -1)
+    out, weights = [], []
+    for head in range(3):
+        part = slice(4 * head, 4 * head + 4)
+        w = torch.softmax(q[..., part] @ k[..., part].mT / math.sqrt(4), -1)
+        weights.append(w)
+        out.append(w @ v[..., part])
+    torch.testing.assert_close(attention.weights(x), torch.stack(weights, 1))
+    torch.testing.assert_close(attention(x), attention.proj(torch.cat(out, -1)))
+
+
+def test_forward_is_the_class_token_and_tokens_are_the_last_blocks():
+    backbone, images = small(), torch.randn(2, 3, 16, 16)
+    tokens = backbone.tokens(images, last=2)
+    assert tokens.shape == (2, 2, 17, 24)
+    torch.testing.assert_close(backbone(images), tokens[-1][:, 0])
+    x = backbone.blocks[1](backbone.blocks[0](backbone.embed(images)))
+    torch.testing.assert_close(tokens[0], backbone.norm(x))
+
+
+def test_attention_is_the_last_blocks():
+    backbone, images = small(), torch.randn(2, 3, 16, 16)
+    seen = []
+    backbone.blocks[-1].norm1.register_forward_hook(lambda module, x, y: seen.append(y))
+    weights = backbone.attention(images)
+    assert weights.shape == (2, 3, 17, 17)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 17))
+    backbone(images)
+    torch.testing.assert_close(backbone.blocks[-1].attn.weights(seen[-1]), weights)
+
+
+def test_position_embeddings_are_the_identity_at_native_size_and_the_references_elsewhere():
+    backbone = small()
+    assert backbone.position_embeddings(4, 4) is backbone.pos_embed
+    grid = backbone.pos_embed[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
+    for h, w in ((2, 2), (7, 5), (37, 53)):
+        expected = F.interpolate(grid, scale_factor=((h + 0.1) / 4, (w + 0.1) / 4), mode="bicubic").permute(0, 2, 3, 1).reshape(1, -1, 24)
+        got = backbone.position_embeddings(h, w)
+        assert got.shape == (1, 1 + h * w, 24)
+        torch.testing.assert_close(got[:, 1:], expected)
+        torch.testing.assert_close(got[:, :1], backbone.pos_embed[:, :1])
+
+
+def test_other_sizes_work_and_sizes_between_patches_are_refused():
+    assert small()(torch.randn(1, 3, 8, 20)).shape == (1, 24)
+    with pytest.raises(ValueError, match="16x18 is not divisible by patch 4"):
+        small()(torch.randn(1, 3, 16, 18))
+
+
+def test_drop_path_is_the_students_alone_and_keeps_the_mean():
+    block, x = vit.Block(8, 2, drop_path=0.5), torch.ones(20_000, 1, 8)
+    dropped = block.train().drop(x)
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert abs(dropped.mean().item() - 1) < 0.05
+    assert block.eval().drop(x) is x
+    rates = [b.drop_path for b in small(drop_path=0.1).blocks]
+    assert rates == pytest.approx([0, 0.05, 0.1])
+
+
+@pytest.mark.parametrize("arch, millions", [("vit_tiny", 5.5), ("vit_small", 21.7), ("vit_base", 85.8)])
+def test_parameter_counts_are_the_papers(arch, millions):
+    with torch.device("meta"):
+        backbone = build_backbone(arch, 16, 224)
+    assert sum(p.numel() for p in backbone.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_a_checkpoint_comes_back_and_a_wrong_one_does_not(tmp_path):
+    backbone, images = small(dim=96, heads=3), torch.randn(1, 3, 16, 16)
+    state = backbone.state_dict()
+    full = {"backbone." + name: value for name, value in state.items()} | {"head.mlp.0.bias": torch.zeros(1)}
+    convolution = state | {"patch_embed.proj.weight": rearrange(state["patch_embed.proj.weight"], "d (c p q) -> d c p q", c=3, p=4)}
+    for saved in (state, convolution, {"teacher": full, "args": {"data": "shapes"}}):
+        torch.save(saved, tmp_path / "b.pth")
+        torch.testing.assert_close(load_backbone(tmp_path / "b.pth")[0](images), backbone(images))
+    assert load_backbone(tmp_path / "b.pth")[1] == {"data": "shapes"}
+
+    for name, wrong in {
+        "missing": {key: value for key, value in state.items() if key != "blocks.1.norm2.bias"},
+        "unexpected": state | {"blocks.0.gamma": torch.zeros(1)},
+        "misshapen": state | {"norm.weight": torch.zeros(3)},
+        "not a ViT": {"weight": torch.zeros(1)},
+        "not a dictionary": torch.zeros(3),
+    }.items():
+        torch.save(wrong, tmp_path / "wrong.pth")
+        with pytest.raises(ValueError, match=name):
+            load_backbone(tmp_path / "wrong.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "b.pth").read_bytes()[:1000])
+    for path in ("cut.pth", "none.pth"):
+        with pytest.raises(ValueError, match=path):
+            load_backbone(tmp_path / path)
