@@ -4,13 +4,14 @@ Whatever the source, images[i] is a uint8 tensor [3, h, w] in RGB, images.labels
 images.classes are their names. load("name or path", "train" or "val") opens one; Views turns one into crops under stateless randomness.
 """
 
+import colorsys
 import math
 import os
 from pathlib import Path
 from random import Random
 
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
@@ -115,36 +116,28 @@ class Torchvision:
         return f"image {i}"
 
 
-def box(x, y, w, h):
-    return [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]
-
-
 def polygon(radii):
     """Corners around the origin, evenly spread, at the given distances."""
     return [(r * math.cos(2 * math.pi * i / len(radii)), r * math.sin(2 * math.pi * i / len(radii))) for i, r in enumerate(radii)]
 
 
 OUTLINES = {"disc": polygon([0.85] * 32), "star": polygon([1, 0.45] * 5), "triangle": polygon([1] * 3)}  # within the unit circle
-PATTERNS = {  # what is painted on an object in its second colour
-    "plain": [],
-    "halved": [box(-1, -1, 1, 2)],
-    "striped": [box(-0.95 + i / 2, -1, 0.25, 2) for i in range(4)],
-    "checked": [box(-1 + 0.4 * i, -1 + 0.4 * j, 0.4, 0.4) for i in range(5) for j in range(5) if (i + j) % 2],
-}
+HUES = {"red": 0.0, "yellow": 0.16, "green": 0.38, "blue": 0.64}
 
 
 class Shapes:
     """The built-in data: two to five objects of one class on a blurry background, and a mask of them. No file, no download.
 
-    A class is an outline and a pattern. Colours, places, sizes, rotations and the background say nothing about it. Image i is drawn from (seed, split, i) alone.
+    A class is a colour and an outline. Places, sizes, rotations, light and background say nothing about it. Image i is drawn from (seed, split, i) alone.
     """
 
-    classes = [f"{pattern} {outline}" for outline in OUTLINES for pattern in PATTERNS]
+    classes = [f"{color} {outline}" for outline in OUTLINES for color in HUES]
 
     def __init__(self, split="train", length=None, size=64, seed=0):
         self.split, self.size, self.seed = split, size, seed
         self.length = length or {"train": 10_000, "val": 1_000}[split]
         self.labels = [i % len(self.classes) for i in range(self.length)]
+        self.drawn = {}  # an image is drawn once in each process
 
     def __len__(self):
         return self.length
@@ -155,9 +148,9 @@ class Shapes:
     def draw(self, i):
         """(PIL image, PIL mask): the mask is 0 on the background and 1, 2, ... on the objects."""
         rng, size = Random(f"shapes {self.seed} {self.split} {i}"), self.size
-        pattern, outline = self.classes[self.labels[i]].split()
-        tone = rng.randint(70, 180)
-        image = Image.frombytes("RGB", (3, 3), bytes(tone + rng.randint(-30, 30) for _ in range(27))).resize((size, size), Image.BICUBIC)
+        color, outline = self.classes[self.labels[i]].split()
+        tone = rng.randint(60, 190)
+        image = Image.frombytes("RGB", (4, 4), bytes(tone + rng.randint(-40, 40) for _ in range(48))).resize((size, size), Image.BICUBIC)
         mask, placed = Image.new("L", (size, size)), []
         for number in range(1, 1 + rng.randint(2, 5)):
             for _ in range(10):  # a few tries to find a free place
@@ -170,27 +163,20 @@ class Shapes:
             placed.append((x, y, radius))
             turn = rng.uniform(0, 2 * math.pi)
             cos, sin = 2 * radius * math.cos(turn), 2 * radius * math.sin(turn)
-            body, marks = Image.new("L", (2 * size, 2 * size)), Image.new("L", (2 * size, 2 * size))  # twice as large, then reduced: antialiased
-            for canvas, polygons in ((body, [OUTLINES[outline]]), (marks, PATTERNS[pattern])):
-                for corners in polygons:
-                    ImageDraw.Draw(canvas).polygon([(2 * x + u * cos - v * sin, 2 * y + u * sin + v * cos) for u, v in corners], fill=255)
-            marks, body = ImageChops.multiply(body, marks).reduce(2), body.reduce(2)
-            color = self.contrast(rng, image.getpixel((int(x), int(y))))
-            image.paste(color, mask=body)
-            image.paste(self.contrast(rng, color), mask=marks)
+            body = Image.new("L", (2 * size, 2 * size))  # twice as large, then reduced: antialiased
+            ImageDraw.Draw(body).polygon([(2 * x + u * cos - v * sin, 2 * y + u * sin + v * cos) for u, v in OUTLINES[outline]], fill=255)
+            body = body.reduce(2)
+            shade = colorsys.hsv_to_rgb((HUES[color] + rng.uniform(-0.04, 0.04)) % 1, rng.uniform(0.7, 1), rng.uniform(0.5, 1))
+            image.paste(tuple(round(255 * c) for c in shade), mask=body)
             mask.paste(number, mask=body.point(lambda value: 255 * (value > 127)))
+        for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = enhancer(image).enhance(rng.uniform(0.6, 1.4))
         return image, mask
 
-    @staticmethod
-    def contrast(rng, color):
-        """A random colour that stands out from the given one."""
-        while True:
-            other = tuple(rng.randbytes(3))
-            if sum(abs(a - b) for a, b in zip(color, other)) >= 200:
-                return other
-
     def __getitem__(self, i):
-        return pil_to_tensor(self.draw(i)[0])
+        if i not in self.drawn:
+            self.drawn[i] = pil_to_tensor(self.draw(i)[0])
+        return self.drawn[i]
 
     def mask(self, i):
         """uint8 [h, w]: 0 for the background, 1, 2, ... for the objects."""

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from augment import center_crop, normalize
 from data import load
-from vit import ViT, load_backbone
+from vit import load_backbone, untrained
 
 
 class CenterCrops(Dataset):
@@ -120,13 +120,6 @@ def open_splits(data):
     if val is not None and val.classes != train.classes:
         raise ValueError(f"{data!r}: the training split has classes {train.classes}, the held-out one {val.classes}")
     return train, val
-
-
-def untrained(backbone, seed=0):
-    """A backbone of the same architecture with fresh weights."""
-    torch.manual_seed(seed)
-    shape = backbone.blocks[0].attn.heads, backbone.image_size
-    return ViT(backbone.patch, backbone.dim, len(backbone.blocks), *shape).to(backbone.cls_token.device).eval()
 
 
 def parse_args(argv=None):

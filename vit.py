@@ -6,7 +6,6 @@ patch embedding is a linear layer on flattened patches, whose weight is the refe
 
 import argparse
 import math
-import os
 import pickle
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 ARCHITECTURES = {  # the head width is 64 in the paper's; vit_micro is ours, for a laptop's CPU
-    "vit_micro": dict(dim=96, depth=4, heads=3),
+    "vit_micro": dict(dim=64, depth=4, heads=4),
     "vit_tiny": dict(dim=192, depth=12, heads=3),
     "vit_small": dict(dim=384, depth=12, heads=6),
     "vit_base": dict(dim=768, depth=12, heads=12),
@@ -161,6 +160,13 @@ def build_backbone(arch, patch, image_size, drop_path=0.0):
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}: choose from {', '.join(ARCHITECTURES)}")
     return ViT(patch, image_size=image_size, drop_path=drop_path, **ARCHITECTURES[arch])
+
+
+def untrained(backbone, seed=0):
+    """A backbone of the same architecture with fresh weights, in evaluation mode on the same device."""
+    torch.manual_seed(seed)
+    fresh = ViT(backbone.patch, backbone.dim, len(backbone.blocks), backbone.blocks[0].attn.heads, backbone.image_size)
+    return fresh.to(backbone.cls_token.device).eval()
 
 
 def load_checkpoint(path):

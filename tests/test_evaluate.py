@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from data import Shapes
-from evaluate import features, knn, some, untrained
+from evaluate import features, knn, some
 from vit import build_backbone
 
 
@@ -45,13 +45,6 @@ def test_features_skip_what_cannot_be_read(capsys):
     assert read == [1, 5] and tokens.shape == (2, backbone.dim)
     torch.testing.assert_close(tokens, whole.flip(0))
     assert "1 images cannot be read and are left out, the first disc 3" in capsys.readouterr().err
-
-
-def test_untrained_has_the_same_shape_and_other_weights():
-    backbone = build_backbone("vit_tiny", 8, 32)
-    other = untrained(backbone)
-    assert {k: v.shape for k, v in other.state_dict().items()} == {k: v.shape for k, v in backbone.state_dict().items()}
-    assert not torch.equal(other.cls_token, backbone.cls_token) and other.blocks[0].attn.heads == 3
 
 
 def test_a_part_of_the_images_has_every_class():

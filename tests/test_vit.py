@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import vit
-from vit import ViT, build_backbone, load_backbone
+from vit import ViT, build_backbone, load_backbone, untrained
 
 
 def small(**changes):
@@ -91,7 +91,7 @@ def test_parameter_counts_are_the_papers(arch, millions):
 
 
 def test_a_checkpoint_comes_back_and_a_wrong_one_does_not(tmp_path):
-    backbone, images = small(dim=96, heads=3), torch.randn(1, 3, 16, 16)
+    backbone, images = small(dim=96, heads=1), torch.randn(1, 3, 16, 16)
     state = backbone.state_dict()
     full = {"backbone." + name: value for name, value in state.items()} | {"head.mlp.0.bias": torch.zeros(1)}
     convolution = state | {"patch_embed.proj.weight": rearrange(state["patch_embed.proj.weight"], "d (c p q) -> d c p q", c=3, p=4)}
@@ -114,3 +114,10 @@ def test_a_checkpoint_comes_back_and_a_wrong_one_does_not(tmp_path):
     for path in ("cut.pth", "none.pth"):
         with pytest.raises(ValueError, match=path):
             load_backbone(tmp_path / path)
+
+
+def test_untrained_has_the_same_shape_and_other_weights():
+    backbone = build_backbone("vit_tiny", 8, 32)
+    other = untrained(backbone)
+    assert {k: v.shape for k, v in other.state_dict().items()} == {k: v.shape for k, v in backbone.state_dict().items()}
+    assert not torch.equal(other.cls_token, backbone.cls_token) and other.blocks[0].attn.heads == 3
