@@ -152,8 +152,8 @@ class Shapes:
         tone = rng.randint(60, 190)
         image = Image.frombytes("RGB", (4, 4), bytes(tone + rng.randint(-40, 40) for _ in range(48))).resize((size, size), Image.BICUBIC)
         mask, placed = Image.new("L", (size, size)), []
-        for number in range(1, 1 + rng.randint(2, 5)):
-            for _ in range(10):  # a few tries to find a free place
+        for _ in range(rng.randint(2, 5)):
+            for _ in range(10):  # tries to find a free place
                 radius = size * rng.uniform(0.12, 0.26)
                 x, y = rng.uniform(radius, size - radius), rng.uniform(radius, size - radius)
                 if all(math.hypot(x - x2, y - y2) > radius + radius2 for x2, y2, radius2 in placed):
@@ -168,7 +168,7 @@ class Shapes:
             body = body.reduce(2)
             shade = colorsys.hsv_to_rgb((HUES[color] + rng.uniform(-0.04, 0.04)) % 1, rng.uniform(0.7, 1), rng.uniform(0.5, 1))
             image.paste(tuple(round(255 * c) for c in shade), mask=body)
-            mask.paste(number, mask=body.point(lambda value: 255 * (value > 127)))
+            mask.paste(len(placed), mask=body.point(lambda value: 255 * (value > 127)))
         for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             image = enhancer(image).enhance(rng.uniform(0.6, 1.4))
         return image, mask

@@ -59,17 +59,17 @@ def draw_attention(backbone, images, path, short=None, mass=0.6, titles=None):
     for row, (image, panels) in enumerate(zip(images, axes)):
         image = fit(image, short, backbone.patch)
         maps = attention_maps(backbone, normalize(image[None].to(device).float() / 255))[0].cpu()
-        pixels = rearrange(image, "c h w -> h w c")
+        pixels = rearrange(image, "c h w -> h w c").numpy()
         for axis in panels:
             axis.imshow(pixels)
             axis.axis("off")
         panels[0].set_title(titles[row] if titles else "image", fontsize=8)
         for axis, name, one in zip(panels[1:], ["mean", *(f"head {i}" for i in range(heads))], [maps.mean(0), *maps]):
-            big = F.interpolate(one[None, None], image.shape[1:], mode="nearest")[0, 0]
+            big = F.interpolate(one[None, None], image.shape[1:], mode="nearest")[0, 0].numpy()
             axis.imshow(big, cmap="inferno", alpha=0.8 if name != "mean" else 1)
             axis.set_title(name, fontsize=8)
             if name != "mean":
-                mask = F.interpolate(keep_mass(one, mass)[None, None].float(), image.shape[1:], mode="nearest")[0, 0]
+                mask = F.interpolate(keep_mass(one, mass)[None, None].float(), image.shape[1:], mode="nearest")[0, 0].numpy()
                 axis.contour(mask, levels=[0.5], colors="white", linewidths=0.6)
     figure.savefig(path, dpi=110)
 

@@ -80,7 +80,7 @@ def uniform(values, low, high):
 
 
 def rate(values, p):
-    return abs(sum(values) / len(values) - p) < 3.3 * (p * (1 - p) / len(values)) ** 0.5
+    return abs(sum(values) / len(values) - p) <= 3.3 * (p * (1 - p) / len(values)) ** 0.5
 
 
 def test_boxes_follow_torchvisions_distribution():

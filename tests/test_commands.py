@@ -72,6 +72,6 @@ def test_attention_is_drawn_at_sizes_that_the_patch_does_not_divide(tmp_path):
     image = Shapes()[0][:, :51, :37]
     assert visualize.fit(image, 37, 8).shape == (3, 48, 32)
     maps = visualize.attention_maps(backbone, torch.randn(2, 3, 48, 32))
-    assert maps.shape == (2, 3, 6, 4) and (maps.sum((-1, -2)) < 1).all()
+    assert maps.shape == (2, 4, 6, 4) and (maps.sum((-1, -2)) < 1).all()
     visualize.draw_attention(backbone, [image, image[:, :9]], tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
