@@ -167,6 +167,7 @@ def train(args, device, rank, world):
         log = done == 1 or done % args.log_every == 0
         save = ended or done == batches.last or (args.save_every and done % args.save_every == 0)
         if log or save:  # the only steps on which the host waits for the device
+            run.check_images()
             values = torch.stack([loss, *entropies(t, center, teacher_temp), norm])
             if world > 1:
                 dist.all_reduce(values)
@@ -193,7 +194,7 @@ class Run:
 
     def __init__(self, args, global_batch, images, state, center, rank):
         self.args, self.state, self.center, self.main = args, state, center, rank == 0
-        self.images, self.bad, self.start = images, set(), time.monotonic()
+        self.images, self.bad, self.named, self.start = images, set(), set(), time.monotonic()
         self.config = {name: value for name, value in vars(args).items() if name not in FREE} | {"global_batch": global_batch}
         # what makes up the global batch may change, as long as it stays the same size
         self.identity = {name: value for name, value in self.config.items() if name not in ("batch", "accumulate")}
@@ -224,6 +225,14 @@ class Run:
             lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= first] if first and log.exists() else []
             log.write_text("".join(line + "\n" for line in lines))  # nothing from after the checkpoint
         return first
+
+    def check_images(self):
+        """Names the images found bad since the last time. ValueError: more than 1 % of all are."""
+        for index in sorted(self.bad - self.named):
+            print(f"cannot read {self.images.name(index)}: its place is taken by the next image", file=sys.stderr)
+        self.named |= self.bad
+        if len(self.bad) > 0.01 * len(self.images):
+            raise ValueError(f"{len(self.bad)} of {len(self.images)} images cannot be read, more than 1 %: mend or remove them")
 
     def log(self, **values):
         if self.main:
@@ -271,7 +280,7 @@ class Run:
         if len(knn) > 1:
             self.say(f"  k-NN {knn[-1]:.1f} %, untrained {knn[0]:.1f} %")
         if self.bad:
-            self.say(f"  {len(self.bad)} images could not be read, the first {self.images.name(min(self.bad))}")
+            self.say(f"  {len(self.bad)} images could not be read")
 
 
 def open_data(args, rank):

@@ -80,13 +80,13 @@ def draw_curves(log, path, out_dim):
     steps, tests = [line for line in lines if "loss" in line], [line for line in lines if "knn" in line]
     figure = Figure(figsize=(12, 3), layout="constrained")
     loss, entropy, knn, rate = figure.subplots(1, 4)
-    for axis, names in ((loss, ["loss"]), (entropy, ["entropy", "mean_entropy", "kl"]), (rate, ["lr"])):
-        for name in names:
-            axis.plot([line["epoch"] for line in steps], [line[name] for line in steps], label=name.replace("_", " of the "), linewidth=1)
+    curves = {"loss": (loss, "loss"), "entropy": (entropy, "entropy of P_t"), "mean_entropy": (entropy, "entropy of its mean"), "kl": (entropy, "KL(P_t, P_s)")}
+    for name, (axis, label) in (curves | {"lr": (rate, "learning rate")}).items():
+        axis.plot([line["epoch"] for line in steps], [line[name] for line in steps], label=label, linewidth=1)
     for axis in (loss, entropy):
         axis.axhline(math.log(out_dim), color="gray", linestyle=":", label="ln K")
     knn.plot([line["epoch"] for line in tests], [line["knn"] for line in tests], marker=".")
-    for axis, title in ((loss, "loss"), (entropy, "teacher's entropy, KL"), (knn, "k-NN top-1, %"), (rate, "learning rate")):
+    for axis, title in ((loss, "loss"), (entropy, "collapse watch, nats"), (knn, "k-NN top-1, %"), (rate, "learning rate")):
         axis.set(title=title, xlabel="epoch")
     loss.legend()
     entropy.legend()

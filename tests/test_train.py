@@ -190,3 +190,10 @@ def test_bad_flags_are_refused(tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         run(*flags, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_too_many_bad_images_stop_the_run(folder, tmp_path):
+    for path in (folder / "train" / "größe").glob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="of 12 images cannot be read, more than 1 %"):
+        run("--data", folder / "train", "--epochs", 2, "--output", tmp_path / "out")
