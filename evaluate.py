@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from augment import center_crop, normalize
 from data import load
-from vit import load_backbone, untrained
+from vit import describe, load_backbone, untrained
 
 
 class CenterCrops(Dataset):
@@ -57,13 +57,15 @@ def minutes(seconds):
 def features(backbone, images, indices, device, batch=256, workers=0):
     """Class tokens of the given images' central crops: ([n, d] float32 on device, the n indices that could be read)."""
     crops = CenterCrops(images, indices, backbone.image_size)
-    start, out, read = time.monotonic(), [], []
+    start, out, read, mode = time.monotonic(), [], [], backbone.training
+    backbone.eval()
     for i, crop in DataLoader(crops, batch, num_workers=workers, pin_memory=device.type == "cuda"):
         tokens = backbone(normalize(crop.to(device, non_blocking=True).float() / 255))
         out.append(tokens[i >= 0].float())
         read += i[i >= 0].tolist()
         done = sum(map(len, out))
         status(f"features {done}/{len(indices)}, {minutes((time.monotonic() - start) * (len(indices) / max(1, done) - 1))} left")
+    backbone.train(mode)
     if len(read) < len(indices):
         print(f"{len(indices) - len(read)} images cannot be read and are left out, the first {images.name(min(set(indices) - set(read)))}", file=sys.stderr)
     return torch.cat(out), read
@@ -125,7 +127,7 @@ def open_splits(data):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", choices=("knn",))
-    parser.add_argument("checkpoint", help="a checkpoint with a ViT in it")
+    parser.add_argument("checkpoint", help="a checkpoint, or the name of released weights: dino_vits16, dino_vits8, dino_vitb16, dino_vitb8, dino_resnet50")
     parser.add_argument("--data", help="a folder or a data set's name (default: what the checkpoint was trained on)")
     parser.add_argument("--network", choices=("teacher", "student"), default="teacher", help="which of a checkpoint's two networks")
     parser.add_argument("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="neighbours (the paper's: 10 20 100 200, 20 is best)")
@@ -145,7 +147,7 @@ def main(args):
     if data is None:
         raise ValueError(f"{args.checkpoint!r} does not say what it was trained on: give --data")
     train, val = open_splits(data)
-    print(f"{args.checkpoint}: {args.network}, width {backbone.dim}, {len(backbone.blocks)} blocks, patch {backbone.patch}, size {backbone.image_size}")
+    print(f"{args.checkpoint}: {args.network}, {describe(backbone)}")
 
     def evaluate(network):
         return knn_of(network.to(device), train, val, device, args.batch, args.workers, args.k)

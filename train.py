@@ -33,7 +33,7 @@ from evaluate import knn_of, minutes, status
 from head import DINOHead
 from loss import batch_center, dino_loss, entropies, teacher_temp_at, update_center
 from visualize import draw_attention, draw_curves
-from vit import ARCHITECTURES, build_backbone, load_checkpoint
+from vit import ARCHITECTURES, ViT, build_backbone, describe, load_backbone, load_checkpoint
 
 RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
     "patch": (16, 8, "side of a patch in pixels"),
@@ -56,6 +56,7 @@ RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
     "epochs": (100, 14, "passes over the data"),
     "batch": (64, 64, "images a process a step"),
     "accumulate": (1, 1, "batches a step, for a larger global batch on the same memory"),
+    "optimizer": ("adamw", "adamw", "adamw or sgd"),
     "lr": (5e-4, 8e-3, "peak learning rate for a global batch of 256; it scales with the batch"),
     "min_lr": (1e-6, 1e-5, "learning rate at the end"),
     "warmup_epochs": (10, 1, "epochs over which the learning rate rises"),
@@ -64,6 +65,9 @@ RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
     "clip": (3.0, 3.0, "largest norm of the gradient, 0 for any"),
     "freeze_last_layer": (1, 1, "epochs during which the head's last layer stays as it is"),
 }
+RESNET = {  # where the paper's recipe for ResNet-50 differs
+    "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "weight_decay_end": 1e-4, "drop_path": 0.0, "global_scale": (0.14, 1.0), "local_scale": (0.05, 0.14)
+}  # fmt: skip
 FREE = ("steps", "compile", "workers", "device", "output", "overwrite", "log_every", "save_every", "keep_every", "knn_every", "knn_bank")  # resuming may change these
 
 
@@ -107,12 +111,15 @@ def train(args, device, rank, world):
     total = args.epochs * steps_per_epoch
 
     torch.manual_seed(args.seed)
-    backbone = build_backbone(args.arch, args.patch, args.global_size, args.drop_path)
+    backbone = first_backbone(args)
     head = DINOHead(backbone.dim, args.out_dim, args.hidden_dim, args.bottleneck_dim, args.norm_last_layer)
     student = Network(backbone, head).to(device)
-    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    if world > 1 and device.type == "cuda":
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # ResNet-50's; a ViT has none
+    teacher = copy.deepcopy(student).requires_grad_(False).train(not isinstance(backbone, ViT))  # as in the reference code, a convnet's uses its batch's statistics
     center = torch.zeros(args.out_dim, device=device)
-    optimizer = torch.optim.AdamW(parameter_groups(student), fused=True)
+    groups = parameter_groups(student)
+    optimizer = torch.optim.AdamW(groups, fused=True) if args.optimizer == "adamw" else torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     dtype = amp_dtype(args.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     run = Run(args, global_batch, images, dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler), center, rank)
@@ -196,6 +203,7 @@ class Run:
         self.args, self.state, self.center, self.main = args, state, center, rank == 0
         self.images, self.bad, self.named, self.start = images, set(), set(), time.monotonic()
         self.config = {name: value for name, value in vars(args).items() if name not in FREE} | {"global_batch": global_batch}
+        self.before = "before training" if args.init else "untrained"
         # what makes up the global batch may change, as long as it stays the same size
         self.identity = {name: value for name, value in self.config.items() if name not in ("batch", "accumulate")}
 
@@ -245,7 +253,7 @@ class Run:
             queries = 1000 if val is not None else self.args.knn_bank
             top1, _ = knn_of(teacher.backbone, images, val, device, workers=self.args.workers, ks=(20,), limits=(self.args.knn_bank, queries))
             self.log(step=step, epoch=epoch, knn=top1[20])
-            self.say(f"epoch {epoch}: k-NN {top1[20]:.1f} %" + (" (untrained)" if step == 0 else ""))
+            self.say(f"epoch {epoch}: k-NN {top1[20]:.1f} %" + (f" ({self.before})" if step == 0 else ""))
 
     def progress(self, done, first, last, epoch, loss, entropy):
         if self.main:
@@ -271,14 +279,15 @@ class Run:
             return
         output = self.args.output
         draw_curves(output / "log.jsonl", output / "curves.png", self.args.out_dim)
-        draw_attention(teacher.backbone, [images[i] for i in range(min(5, len(images)))], output / "attention.png")
+        if isinstance(teacher.backbone, ViT):
+            draw_attention(teacher.backbone, [images[i] for i in range(min(5, len(images)))], output / "attention.png")
         knn = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
         knn = [line["knn"] for line in knn if "knn" in line]
         self.say(f"done in {minutes(time.monotonic() - self.start)}")
-        for name in ("last.pth", "curves.png", "attention.png"):
+        for name in ("last.pth", "curves.png", "attention.png")[: 2 + isinstance(teacher.backbone, ViT)]:
             self.say(f"  {output / name}")
         if len(knn) > 1:
-            self.say(f"  k-NN {knn[-1]:.1f} %, untrained {knn[0]:.1f} %")
+            self.say(f"  k-NN {knn[-1]:.1f} %, {self.before} {knn[0]:.1f} %")
         if self.bad:
             self.say(f"  {len(self.bad)} images could not be read")
 
@@ -293,6 +302,18 @@ def open_data(args, rank):
     return images, val if val is not None and val.classes == images.classes else None
 
 
+def first_backbone(args):
+    """The student's backbone before training: fresh, or that of --init. ValueError: --init is of another architecture than --arch and --patch."""
+    if not args.init:
+        return build_backbone(args.arch, args.patch, args.global_size, args.drop_path)
+    loaded, _ = load_backbone(args.init)
+    backbone = build_backbone(args.arch, args.patch, loaded.image_size // args.patch * args.patch, args.drop_path)
+    if {key: value.shape for key, value in backbone.state_dict().items()} != {key: value.shape for key, value in loaded.state_dict().items()}:
+        raise ValueError(f"--init {args.init} is a {describe(loaded)}: --arch {args.arch} --patch {args.patch} must say so")
+    backbone.load_state_dict(loaded.state_dict())
+    return backbone
+
+
 def amp_dtype(amp, device):
     """--amp -> the dtype of autocast, or None for float32. auto: bf16 where the GPU has it, else fp16; off on a CPU."""
     if amp == "auto":
@@ -304,16 +325,19 @@ def parse_args(argv=None):
     """The resolved configuration: what the command line leaves open comes from the architecture's recipe."""
     which = argparse.ArgumentParser(add_help=False)
     which.add_argument("--arch", default="vit_micro")
-    paper = which.parse_known_args(argv)[0].arch != "vit_micro"
+    arch = which.parse_known_args(argv)[0].arch
+    paper = arch != "vit_micro"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="shapes", help="a folder of images, or shapes, cifar10, cifar100, stl10, imagenette, flowers102, pets")
-    parser.add_argument("--arch", default="vit_micro", choices=ARCHITECTURES, help="vit_micro takes the laptop's recipe, the others the paper's")
+    parser.add_argument("--arch", default="vit_micro", choices=[*ARCHITECTURES, "resnet50"], help="vit_micro takes the laptop's recipe, the others the paper's")
     for name, (papers, laptops, text) in RECIPE.items():
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(papers, bool) else {"type": type(papers)}
         if isinstance(papers, tuple):
             kind = {"type": float, "nargs": 2, "metavar": ("MIN", "MAX")}
         shown = [" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in (papers, laptops)]
-        parser.add_argument(f"--{name}", default=papers if paper else laptops, help=f"{text} (paper {shown[0]}, laptop {shown[1]})", **kind)
+        default = RESNET.get(name, papers) if arch == "resnet50" else papers if paper else laptops
+        parser.add_argument(f"--{name}", default=default, help=f"{text} (paper {shown[0]}, laptop {shown[1]})", **kind)
+    parser.add_argument("--init", help="a checkpoint or a released name whose backbone to start from, of this --arch and --patch")
     parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision (auto: on GPUs)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0, help="stop after this many steps; changes no schedule (0: at the end)")
@@ -358,12 +382,14 @@ def check(args):
         low, high = getattr(args, flag)
         if not 0 < low <= high <= 1:
             raise ValueError(f"--{flag} {low:g} {high:g} must be two shares of the image's area, the smaller first")
+    if args.optimizer not in ("adamw", "sgd"):
+        raise ValueError(f"--optimizer {args.optimizer}: adamw or sgd")
     if args.out_dim < 2:
         raise ValueError(f"--out_dim {args.out_dim}: K must be at least 2")
     if args.warmup_epochs > args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}: the learning rate would never reach its peak")
     for flag in ("global_size", "local_size"):
-        if getattr(args, flag) % args.patch:
+        if args.arch != "resnet50" and getattr(args, flag) % args.patch:
             raise ValueError(f"--patch {args.patch} must divide --{flag} {getattr(args, flag)}")
 
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from augment import normalize, resize
 from data import Folder, read_image
-from vit import load_backbone
+from vit import ViT, describe, load_backbone
 
 
 @torch.inference_mode()
@@ -95,7 +95,7 @@ def draw_curves(log, path, out_dim):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint with a ViT in it")
+    parser.add_argument("checkpoint", help="a checkpoint, or the name of released weights: dino_vits16, dino_vits8, dino_vitb16, dino_vitb8")
     parser.add_argument("images", nargs="+", help="image files or folders of images")
     parser.add_argument("--network", choices=("teacher", "student"), default="teacher", help="which of a checkpoint's two networks")
     parser.add_argument("--size", type=int, help="short side in pixels (default: 480/224 of the training size, 480 for the paper's)")
@@ -109,6 +109,9 @@ def main(args):
     if not 0 < args.mass <= 1 or (args.size is not None and args.size < 1):
         raise ValueError(f"--mass {args.mass} must lie in (0, 1] and --size {args.size} be positive")
     backbone, _ = load_backbone(args.checkpoint, args.network)
+    if not isinstance(backbone, ViT):
+        raise ValueError(f"{args.checkpoint} is a {describe(backbone)}: a convnet has no attention to draw")
+    print(f"{args.checkpoint}: {describe(backbone)}")
     backbone.to(args.device)
     for source in args.images:
         for path in [folder.root / p for folder in [Folder(source)] for p in folder.paths] if Path(source).is_dir() else [Path(source)]:

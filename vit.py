@@ -6,11 +6,13 @@ patch embedding is a linear layer on flattened patches, whose weight is the refe
 
 import argparse
 import math
-import pickle
+import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from einops import rearrange, repeat
 from torch import nn
 
@@ -20,6 +22,19 @@ ARCHITECTURES = {  # the head width is 64 in the paper's; vit_micro is ours, for
     "vit_small": dict(dim=384, depth=12, heads=6),
     "vit_base": dict(dim=768, depth=12, heads=12),
 }
+RELEASED_AT = "https://dl.fbaipublicfiles.com/dino/"
+RELEASED = {
+    "dino_vits16": "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+    "dino_vits8": "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
+    "dino_vitb16": "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+    "dino_vitb8": "dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
+    "dino_resnet50": "dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
+}
+SCALAR = np.float64(0).__reduce__()[0]  # what rebuilds a numpy scalar; its module's name changed with numpy 2
+SAFE = [  # what a checkpoint may hold besides tensors and plain values: the authors' full checkpoints keep their arguments so
+    argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8")),
+    *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]  # fmt: skip
 
 
 class PatchEmbed(nn.Module):
@@ -155,18 +170,50 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
+def resnet50(image_size=224):
+    """The paper's convnet: torchvision's ResNet-50 without its classifier, untrained. Features [b, 2048]."""
+    backbone = torchvision.models.resnet50()
+    backbone.fc = nn.Identity()
+    backbone.dim, backbone.image_size = 2048, image_size
+    return backbone
+
+
 def build_backbone(arch, patch, image_size, drop_path=0.0):
     """An untrained backbone. ValueError: an unknown name, or a size that the patch does not divide."""
+    if arch == "resnet50":
+        return resnet50(image_size)
     if arch not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {arch!r}: choose from {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"unknown architecture {arch!r}: choose from {', '.join(ARCHITECTURES)}, resnet50")
     return ViT(patch, image_size=image_size, drop_path=drop_path, **ARCHITECTURES[arch])
 
 
 def untrained(backbone, seed=0):
     """A backbone of the same architecture with fresh weights, in evaluation mode on the same device."""
     torch.manual_seed(seed)
-    fresh = ViT(backbone.patch, backbone.dim, len(backbone.blocks), backbone.blocks[0].attn.heads, backbone.image_size)
-    return fresh.to(backbone.cls_token.device).eval()
+    fresh = like(backbone.state_dict()) if isinstance(backbone, ViT) else resnet50(backbone.image_size)
+    return fresh.to(next(backbone.parameters()).device).eval()
+
+
+def like(state):
+    """An untrained ViT whose parameters have the shapes of state's, as far as the few that tell the architecture go. KeyError or the like: they do not."""
+    dim, pixels = state["patch_embed.proj.weight"].shape
+    side, patch = math.isqrt(state["pos_embed"].shape[1] - 1), math.isqrt(pixels // 3)
+    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    heads = {a["dim"]: a["heads"] for a in ARCHITECTURES.values()}.get(dim, max(1, dim // 64))  # the one thing that no tensor tells
+    return ViT(patch, dim, depth, heads, side * patch)
+
+
+def download(name):
+    """The released weights of that name, from torch.hub's cache or the authors' server. ValueError: neither, with the URL and the cache's folder."""
+    url, folder = RELEASED_AT + RELEASED[name], Path(torch.hub.get_dir(), "checkpoints")
+    try:
+        path = folder / url.split("/")[-1]
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, path)
+    except OSError as error:
+        raise ValueError(f"cannot download {url} ({error}): put the file into {folder}") from None
+    return path
 
 
 def load_checkpoint(path):
@@ -177,10 +224,11 @@ def load_checkpoint(path):
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {str(path)!r}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' full checkpoints keep their args in one
+        with torch.serialization.safe_globals(SAFE):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{str(path)!r} is not a readable checkpoint: {str(error).splitlines()[0] if str(error) else error!r}") from None
+    except Exception as error:  # a foreign file may be wrong in any way
+        reason = "it holds code or objects, which are never loaded" if "Weights only" in str(error) else (str(error).splitlines() or [repr(error)])[0]
+        raise ValueError(f"{str(path)!r} is not a readable checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{str(path)!r} holds a {type(checkpoint).__name__}, not a dictionary of weights")
     return checkpoint
@@ -189,34 +237,70 @@ def load_checkpoint(path):
 def load_backbone(source, network="teacher"):
     """A backbone in evaluation mode, and the arguments it was trained with ({} if the file has none).
 
-    source: our checkpoint, or a bare backbone. Architecture, patch and size are read from the tensors. ValueError: not a whole ViT, with the keys.
+    source: a released name (RELEASED), our checkpoint, the authors' full checkpoint, or a bare backbone of ours, theirs or timm's. The architecture is
+    read from the tensors. ValueError: anything that does not fit as a whole, with the keys that do not.
     """
-    checkpoint = load_checkpoint(source)
-    args = checkpoint.get("args", {})
-    state = checkpoint.get(network, checkpoint)
+    path = download(source) if source in RELEASED else source
+    state = checkpoint = load_checkpoint(path)
+    if "teacher" in checkpoint or "student" in checkpoint:
+        if network not in checkpoint:
+            raise ValueError(f"{str(path)!r} has no {network}, only {', '.join(map(str, checkpoint))}")
+        state = checkpoint[network]
+    for wrapper in ("state_dict", "model"):
+        state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
+    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
+        raise ValueError(f"{str(path)!r} has no weights where a backbone should be: its keys begin with {', '.join(list(map(str, state))[:4])}")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     if any(key.startswith("backbone.") for key in state):
-        state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-    backbone = vit_for(state, source)
-    backbone.load_state_dict(state)
-    return backbone.eval(), args if isinstance(args, dict) else vars(args)
-
-
-def vit_for(state, source):
-    """The ViT whose parameters have the names and shapes of state, in which a convolution's weight is flattened. ValueError: there is none."""
+        state = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith("head.")}
+    if (kernel := state.get("patch_embed.proj.weight", torch.empty(0))).ndim == 4:
+        state["patch_embed.proj.weight"] = rearrange(kernel, "d c p q -> d (c p q)")
+    args = checkpoint.get("args", {})
+    args = args if isinstance(args, dict) else vars(args)
     try:
-        if state["patch_embed.proj.weight"].ndim == 4:
-            state["patch_embed.proj.weight"] = rearrange(state["patch_embed.proj.weight"], "d c p q -> d (c p q)")
-        dim, pixels = state["patch_embed.proj.weight"].shape
-        side, patch = math.isqrt(state["pos_embed"].shape[1] - 1), math.isqrt(pixels // 3)
-        depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-    except (KeyError, ValueError, AttributeError, IndexError):
-        raise ValueError(f"{str(source)!r} is not a ViT backbone: its keys begin with {', '.join(list(map(str, state))[:4])}") from None
-    heads = {a["dim"]: a["heads"] for a in ARCHITECTURES.values()}.get(dim, max(1, dim // 64))  # the one thing that no tensor tells
-    backbone = ViT(patch, dim, depth, heads, side * patch)
+        backbone = resnet50(args.get("global_size", 224)) if "layer4.0.conv1.weight" in state else like(state)
+    except (KeyError, ValueError, IndexError, ZeroDivisionError):
+        raise ValueError(f"{str(path)!r} is not a DINO backbone: its keys begin with {', '.join(list(state)[:4])}") from None
     want = {key: value.shape for key, value in backbone.state_dict().items()}
-    have = {key: getattr(value, "shape", None) for key, value in state.items()}
-    wrong = sorted(key for key in want | have if want.get(key) != have.get(key))
+    wrong = sorted(key for key in want | state if key not in want or key not in state or want[key] != state[key].shape)
     if wrong:
-        raise ValueError(f"{str(source)!r} does not fit a ViT of width {dim} and depth {depth}: missing, unexpected or misshapen {', '.join(wrong[:4])}")
-    return backbone
+        raise ValueError(f"{str(path)!r} does not fit the backbone that it resembles: missing, unexpected or misshapen {', '.join(wrong[:4])}")
+    backbone.load_state_dict(state)
+    return backbone.eval(), args
+
+
+def describe(backbone):
+    if not isinstance(backbone, ViT):
+        return "ResNet-50"
+    name = f"ViT of width {backbone.dim}, {len(backbone.blocks)} blocks, {backbone.blocks[0].attn.heads} heads"
+    return f"{name}, patch {backbone.patch}, trained at {backbone.image_size} pixels"
+
+
+def export(backbone):
+    """The backbone's state dict with the patch embedding as a convolution's: timm's and the authors' models load it strictly."""
+    state = backbone.state_dict()
+    if isinstance(backbone, ViT):
+        kernel = state["patch_embed.proj.weight"]
+        state["patch_embed.proj.weight"] = rearrange(kernel, "d (c p q) -> d c p q", c=3, p=backbone.patch)
+    return state
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Writes a checkpoint's backbone as a bare state dict, which timm and the authors' code load.")
+    parser.add_argument("checkpoint", help=f"a checkpoint, or {', '.join(RELEASED)}")
+    parser.add_argument("file", help="where the state dict goes")
+    parser.add_argument("--network", choices=("teacher", "student"), default="teacher", help="which of a checkpoint's two networks")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    backbone, _ = load_backbone(args.checkpoint, args.network)
+    torch.save(export(backbone), args.file)
+    print(f"{args.checkpoint}: {describe(backbone)} -> {args.file}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"vit.py: {error}")
