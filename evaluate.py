@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from augment import center_crop, normalize
 from data import load
-from vit import describe, load_backbone, untrained
+from vit import describe, load_backbone, untrained, usable_device
 
 
 class CenterCrops(Dataset):
@@ -142,7 +142,7 @@ def main(args):
     if min(args.k) < 1 or args.batch < 1 or args.workers < 0:
         raise ValueError("--k and --batch must be positive, --workers not negative")
     backbone, trained_with = load_backbone(args.checkpoint, args.network)
-    device = torch.device(args.device)
+    device = usable_device(args.device)
     data = args.data or trained_with.get("data")
     if data is None:
         raise ValueError(f"{args.checkpoint!r} does not say what it was trained on: give --data")

@@ -13,6 +13,7 @@ import copy
 import json
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -33,7 +34,7 @@ from evaluate import knn_of, minutes, status
 from head import DINOHead
 from loss import batch_center, dino_loss, entropies, teacher_temp_at, update_center
 from visualize import draw_attention, draw_curves
-from vit import ARCHITECTURES, ViT, build_backbone, describe, load_backbone, load_checkpoint
+from vit import ARCHITECTURES, ViT, build_backbone, describe, load_backbone, load_checkpoint, usable_device
 
 RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
     "patch": (16, 8, "side of a patch in pixels"),
@@ -68,7 +69,15 @@ RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
 RESNET = {  # where the paper's recipe for ResNet-50 differs
     "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "weight_decay_end": 1e-4, "drop_path": 0.0, "global_scale": (0.14, 1.0), "local_scale": (0.05, 0.14)
 }  # fmt: skip
-FREE = ("steps", "compile", "workers", "device", "output", "overwrite", "log_every", "save_every", "keep_every", "knn_every", "knn_bank")  # resuming may change these
+FREE = ("steps", "compile", "workers", "device", "output", "overwrite", "log_every", "save_every", "keep_every", "knn_every", "knn_bank", "stop_on_collapse")  # resuming may change these
+SIGNALS = []  # those that have asked this process to stop
+
+
+def on_signal(number, frame):
+    """The first signal lets the step end and a checkpoint be written; the second ends the process at once."""
+    if SIGNALS:
+        os._exit(128 + number)
+    SIGNALS.append(number)
 
 
 class Network(nn.Module):
@@ -172,7 +181,8 @@ def train(args, device, rank, world):
         done = step + 1
         epoch, ended = done / steps_per_epoch, done % steps_per_epoch == 0
         log = done == 1 or done % args.log_every == 0
-        save = ended or done == batches.last or (args.save_every and done % args.save_every == 0)
+        stop = run.stop(device) if world == 1 or log else 0
+        save = ended or stop or done == batches.last or (args.save_every and done % args.save_every == 0)
         if log or save:  # the only steps on which the host waits for the device
             run.check_images()
             values = torch.stack([loss, *entropies(t, center, teacher_temp), norm])
@@ -186,6 +196,7 @@ def train(args, device, rank, world):
         if log:
             run.log(step=done, epoch=epoch, loss=loss, entropy=entropy, mean_entropy=mean_entropy, kl=loss - entropy, lr=lr,
                     weight_decay=weight_decay, momentum=momentum, teacher_temp=teacher_temp, grad_norm=norm)  # fmt: skip
+            run.watch(epoch, entropy, mean_entropy, loss - entropy)
             run.progress(done, first, batches.last, epoch, loss, entropy)
         if ended and args.knn_every and (round(epoch) % args.knn_every == 0 or done == total):
             run.test(teacher, images, val, device, done, round(epoch))
@@ -193,6 +204,9 @@ def train(args, device, rank, world):
             run.save("last.pth", done, epoch)
             if ended and args.keep_every and round(epoch) % args.keep_every == 0:
                 run.save(f"epoch-{round(epoch):04d}.pth", done, epoch)
+        if stop:
+            run.say(f"stopped by {signal.Signals(stop).name} after step {done}: the same command goes on from there")
+            sys.exit(128 + stop)
     run.finish(teacher, val or images)
 
 
@@ -203,6 +217,7 @@ class Run:
         self.args, self.state, self.center, self.main = args, state, center, rank == 0
         self.images, self.bad, self.named, self.start = images, set(), set(), time.monotonic()
         self.config = {name: value for name, value in vars(args).items() if name not in FREE} | {"global_batch": global_batch}
+        self.collapsed = 0
         self.before = "before training" if args.init else "untrained"
         # what makes up the global batch may change, as long as it stays the same size
         self.identity = {name: value for name, value in self.config.items() if name not in ("batch", "accumulate")}
@@ -233,6 +248,26 @@ class Run:
             lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= first] if first and log.exists() else []
             log.write_text("".join(line + "\n" for line in lines))  # nothing from after the checkpoint
         return first
+
+    def stop(self, device):
+        """The number of a signal that asked some process to stop, the same on all of them; 0 if none did."""
+        if not dist.is_initialized():
+            return SIGNALS[0] if SIGNALS else 0
+        number = torch.tensor(SIGNALS[0] if SIGNALS else 0, device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return number.item()
+
+    def watch(self, epoch, entropy, mean_entropy, kl, patience=20):
+        """Warns when the output has been collapsed for so many lines of the log after the warm-up (section 5.3, Figure 7). ValueError: --stop_on_collapse."""
+        uniform = math.log(self.args.out_dim)
+        kind = "uniform" if entropy > 0.99 * uniform and kl < 0.01 * uniform else "one-dimensional" if mean_entropy < 0.01 * uniform else None
+        self.collapsed = self.collapsed + 1 if kind and epoch > self.args.warmup_epochs else 0
+        if self.collapsed == patience:
+            remedy = "lower --teacher_temp, or raise --lr" if kind == "uniform" else "raise --teacher_temp, lower --lr, or check that --center_momentum is below 1"
+            message = f"the output has collapsed to the {kind} solution: {remedy}"
+            if self.args.stop_on_collapse:
+                raise ValueError(message)
+            self.say(f"warning: {message}")
 
     def check_images(self):
         """Names the images found bad since the last time. ValueError: more than 1 % of all are."""
@@ -267,11 +302,17 @@ class Run:
             return
         path = self.args.output / name
         checkpoint = {"format": 1, "step": step, "epoch": epoch, "args": self.config, "classes": self.images.classes, "center": self.center}
-        with open(f"{path}.tmp", "wb") as file:
-            torch.save(checkpoint | {name: part.state_dict() for name, part in self.state.items()}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(f"{path}.tmp", "wb") as file:
+                torch.save(checkpoint | {name: part.state_dict() for name, part in self.state.items()}, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch's writer turns the system's error into its own
+            raise OSError(f"cannot write {path} (is the disk full?): {str(error).splitlines()[0]}; the checkpoint before it stands") from None
         os.replace(f"{path}.tmp", path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the move itself
+        os.close(folder)
 
     def finish(self, teacher, images):
         """Draws the pictures and says where everything is."""
@@ -346,6 +387,7 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME, from architecture and data)")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds another run")
+    parser.add_argument("--stop_on_collapse", action="store_true", help="end a run whose output has collapsed, rather than warn")
     parser.add_argument("--log_every", type=int, default=10, help="steps between lines of the log")
     parser.add_argument("--save_every", type=int, default=0, help="steps between writes of last.pth, besides each epoch's end")
     parser.add_argument("--keep_every", type=int, default=20, help="epochs between checkpoints that are kept (0: none)")
@@ -396,10 +438,13 @@ def check(args):
 def main(args):
     world, rank, local_rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     check(args)
-    if args.device == "cuda":
-        torch.cuda.set_device(local_rank)
+    device = usable_device(f"cuda:{local_rank}" if args.device == "cuda" else args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    device = torch.device(args.device, local_rank) if args.device == "cuda" else torch.device(args.device)
+    SIGNALS.clear()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, on_signal)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank == 0:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from augment import normalize, resize
 from data import Folder, read_image
-from vit import ViT, describe, load_backbone
+from vit import ViT, describe, load_backbone, usable_device
 
 
 @torch.inference_mode()
@@ -112,7 +112,7 @@ def main(args):
     if not isinstance(backbone, ViT):
         raise ValueError(f"{args.checkpoint} is a {describe(backbone)}: a convnet has no attention to draw")
     print(f"{args.checkpoint}: {describe(backbone)}")
-    backbone.to(args.device)
+    backbone.to(usable_device(args.device))
     for source in args.images:
         for path in [folder.root / p for folder in [Folder(source)] for p in folder.paths] if Path(source).is_dir() else [Path(source)]:
             try:

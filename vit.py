@@ -269,6 +269,14 @@ def load_backbone(source, network="teacher"):
     return backbone.eval(), args
 
 
+def usable_device(name):
+    """torch.device(name), if tensors can be put there. ValueError: they cannot."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
 def describe(backbone):
     if not isinstance(backbone, ViT):
         return "ResNet-50"
