@@ -6,6 +6,7 @@ depends on (seed, epoch, sample) alone, not on which process or device makes it.
 """
 
 import math
+from functools import cache
 from itertools import permutations
 from random import Random
 
@@ -70,8 +71,14 @@ class MultiCrop:
         return torch.stack(crops[:2]), local, torch.tensor(parameters, dtype=torch.float32)
 
 
+@cache
+def constant(values, device):
+    """A tensor of numbers that is made, and copied to the device, once."""
+    return torch.tensor(values, device=device)
+
+
 def grayscale(x):
-    return einsum(x, x.new_tensor([0.299, 0.587, 0.114]), "b c h w, c -> b h w")[:, None]
+    return einsum(x, constant((0.299, 0.587, 0.114), x.device), "b c h w, c -> b h w")[:, None]
 
 
 def shift_hue(x, shift):
@@ -80,7 +87,7 @@ def shift_hue(x, shift):
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)
     safe = chroma.clamp_min(1e-8)
     hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    k = torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None] + (hue + 6 * shift[:, None, None])[:, None]
+    k = constant((5.0, 3.0, 1.0), x.device)[:, None, None] + (hue + 6 * shift[:, None, None])[:, None]
     k = k.remainder(6)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -90,7 +97,7 @@ def jitter(x, brightness, contrast, saturation, hue, order):
 
     Brightness, contrast and saturation are one operation: a blend with black, with the mean grey, or with the grey image.
     """
-    order = ORDERS[order.long().cpu()]  # the draws arrive on the host, so choosing the samples of each operation costs no synchronisation
+    order = ORDERS[order.long().cpu()]  # the draws are on the host, so choosing the samples of each operation reads nothing back from the device
     factors = torch.stack([brightness, contrast, saturation, torch.ones_like(hue)], 1)
     for operation in order.unbind(1):
         operation, turned = operation.to(x.device, non_blocking=True), (operation == 3).nonzero()[:, 0].to(x.device, non_blocking=True)
@@ -133,7 +140,7 @@ def photometry(crops, parameters):
 
 def normalize(x):
     """[b, 3, h, w] in [0, 1] -> ImageNet's mean and standard deviation taken out."""
-    return (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
+    return (x - constant(MEAN, x.device)[:, None, None]) / constant(STD, x.device)[:, None, None]
 
 
 def views(batch, device):
@@ -141,7 +148,9 @@ def views(batch, device):
     *crops, parameters = batch
     out, start = [], 0
     for group in crops:
-        v, b = group.shape[1], group.shape[0]
+        v = group.shape[1]
+        if v == 0:  # no local crops
+            continue
         flat = rearrange(group.to(device, non_blocking=True), "b v c h w -> (v b) c h w")
         x = photometry(flat, rearrange(parameters[:, start : start + v], "b v p -> (v b) p"))
         out.append(rearrange(x, "(v b) c h w -> v b c h w", v=v))
@@ -153,6 +162,6 @@ def center_crop(image, size):
     """Evaluation's view: uint8 [3, h, w] -> uint8 [3, size, size], the short side resized to 256 / 224 of size (section 4), then the middle."""
     h, w = image.shape[1:]
     short = size * 256 // 224
-    image = resize(image, max(short, round(h * short / min(h, w))), max(short, round(w * short / min(h, w))))
-    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+    image = resize(image, h * short // min(h, w), w * short // min(h, w))
+    top, left = round((image.shape[1] - size) / 2), round((image.shape[2] - size) / 2)
     return image[:, top : top + size, left : left + size]

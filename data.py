@@ -74,9 +74,9 @@ def split_folder(root, split):
     """
     root = Path(root).absolute()
     for base in (root, root.parent) if root.name == "train" else (root,):
-        held_out = [base / name for name in ("val", "test") if (base / name).is_dir()]
-        if held_out and (base / "train").is_dir():
-            return base / "train" if split == "train" else held_out[0]
+        if (base / "train").is_dir():
+            held_out = [base / name for name in ("val", "valid", "validation", "test") if (base / name).is_dir()]
+            return base / "train" if split == "train" else held_out[0] if held_out else None
     return root if split == "train" else None
 
 

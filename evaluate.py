@@ -40,11 +40,22 @@ class CenterCrops(Dataset):
 _last_status = [0.0]
 
 
-def status(line, done=False, every=10):
-    """Progress: on a terminal one line in place; elsewhere a plain line, at most one each so many seconds. done ends it."""
+def clear_status():
+    """Takes the status line off a terminal, so that something else can be printed."""
     if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="\n" if done else "", file=sys.stderr, flush=True)
-    elif done or time.monotonic() - _last_status[0] > every:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def say(line):
+    clear_status()
+    print(line, flush=True)
+
+
+def status(line, every=10):
+    """Progress: on a terminal one line in place; elsewhere a plain line, at most one each so many seconds."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+    elif time.monotonic() - _last_status[0] > every:
         _last_status[0] = time.monotonic()
         print(line, file=sys.stderr, flush=True)
 
@@ -66,7 +77,10 @@ def features(backbone, images, indices, device, batch=256, workers=0):
         done = sum(map(len, out))
         status(f"features {done}/{len(indices)}, {minutes((time.monotonic() - start) * (len(indices) / max(1, done) - 1))} left")
     backbone.train(mode)
+    if not read:
+        raise ValueError(f"none of {len(indices)} images can be read, the first of them {images.name(indices[0])}" if indices else "no labelled images")
     if len(read) < len(indices):
+        clear_status()
         print(f"{len(indices) - len(read)} images cannot be read and are left out, the first {images.name(min(set(indices) - set(read)))}", file=sys.stderr)
     return torch.cat(out), read
 
@@ -147,7 +161,7 @@ def main(args):
     if data is None:
         raise ValueError(f"{args.checkpoint!r} does not say what it was trained on: give --data")
     train, val = open_splits(data)
-    print(f"{args.checkpoint}: {args.network}, {describe(backbone)}")
+    say(f"{args.checkpoint}: {args.network}, {describe(backbone)}")
 
     def evaluate(network):
         return knn_of(network.to(device), train, val, device, args.batch, args.workers, args.k)
@@ -155,8 +169,8 @@ def main(args):
     top1, (n, m) = evaluate(backbone)
     base = evaluate(untrained(backbone))[0] if args.untrained else {}
     most = Counter((val or train).labels).most_common(1)[0][1]
-    print(f"{data}: {m} queries against {n if val else n - 1} images, {len(train.classes)} classes; chance {100 / len(train.classes):.1f} %,", end=" ")
-    print(f"always the commonest class {100 * most / m:.1f} %")
+    chance = f"chance {100 / len(train.classes):.1f} %, always the commonest class {100 * most / m:.1f} %"
+    say(f"{data}: {m} queries against {n if val else n - 1} images, {len(train.classes)} classes; {chance}")
     print(f"{'k':>5}  {'top-1 %':>8}  {'untrained %':>11}")
     for k in args.k:
         beside = f"{base[k]:11.1f}" if base else ""
@@ -167,4 +181,5 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except (ValueError, OSError) as error:
+        clear_status()
         sys.exit(f"evaluate.py: {error}")

@@ -50,9 +50,9 @@ def teacher_temp_at(epoch, start, end, warmup_epochs):
 
 
 def entropies(teacher, center, teacher_temp):
-    """Two scalars to watch, in nats: the mean entropy of P_t, and the entropy of its mean over the batch (this process's).
+    """[2], to watch, in nats: the mean entropy of P_t, and the entropy of its mean over the batch (this process's).
 
     Collapse to one output sends both to 0; collapse to the uniform output sends both to ln K, with KL(P_t, P_s) = loss - entropy near 0 (Figure 7).
     """
     q = teacher_probabilities(teacher, center, teacher_temp)
-    return torch.special.entr(q).sum(-1).mean(), torch.special.entr(reduce(q, "t b k -> k", "mean")).sum()
+    return torch.stack([torch.special.entr(q).sum(-1).mean(), torch.special.entr(reduce(q, "t b k -> k", "mean")).sum()])

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from augment import MultiCrop, views
 from data import Batches, Views, load
-from evaluate import knn_of, minutes, status
+from evaluate import clear_status, knn_of, minutes, say, status
 from head import DINOHead
 from loss import batch_center, dino_loss, entropies, teacher_temp_at, update_center
 from visualize import draw_attention, draw_curves
@@ -131,7 +131,7 @@ def train(args, device, rank, world):
     optimizer = torch.optim.AdamW(groups, fused=True) if args.optimizer == "adamw" else torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     dtype = amp_dtype(args.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    run = Run(args, global_batch, images, dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler), center, rank)
+    run = Run(args, global_batch, dtype, images, dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler), center, rank)
 
     first = run.resume()
     batches.first, batches.last = first, max(first, min(total, args.steps or total))
@@ -153,7 +153,9 @@ def train(args, device, rank, world):
             group.update(lr=lr, weight_decay=decay)
         torch.manual_seed(Random(f"{args.seed} {step} {rank}").getrandbits(63))  # what drop path draws follows from the step alone
 
-        loss, mean = 0.0, 0.0
+        done = step + 1
+        log = done == 1 or done % args.log_every == 0
+        loss, mean, spread = 0.0, 0.0, 0.0
         for micro in range(args.accumulate):
             *batch, replaced = next(loader)
             run.bad.update(replaced[replaced >= 0].tolist())
@@ -167,6 +169,8 @@ def train(args, device, rank, world):
                 part = dino_loss(s, t, center, args.student_temp, teacher_temp) / args.accumulate
                 scaler.scale(part).backward()
             loss, mean = loss + part.detach(), mean + batch_center(t) / args.accumulate
+            if log:
+                spread = spread + entropies(t, center, teacher_temp) / args.accumulate
 
         scaler.unscale_(optimizer)
         if step < args.freeze_last_layer * steps_per_epoch:
@@ -178,22 +182,21 @@ def train(args, device, rank, world):
         optimizer.zero_grad()
         get_ema_multi_avg_fn(momentum)(list(teacher.parameters()), list(student.parameters()), None)
 
-        done = step + 1
         epoch, ended = done / steps_per_epoch, done % steps_per_epoch == 0
-        log = done == 1 or done % args.log_every == 0
         stop = run.stop(device) if world == 1 or log else 0
         save = ended or stop or done == batches.last or (args.save_every and done % args.save_every == 0)
-        if log or save:  # the only steps on which the host waits for the device
-            run.check_images()
-            values = torch.stack([loss, *entropies(t, center, teacher_temp), norm])
+        if log or save:  # the only steps on which the host reads from the device
+            run.check_images(world)
+            values = torch.stack([loss, norm, *(spread if log else ())])
             if world > 1:
                 dist.all_reduce(values)
-            loss, entropy, mean_entropy, norm = (values / world).tolist()
+            loss, norm, *spread = (values / world).tolist()
             if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-                raise ValueError(f"the loss is {loss} and the gradient's norm {norm} at step {done}: resume from {args.output}/last.pth "
-                                 "with a lower --lr, a smaller --clip, a higher --teacher_temp, or --amp off")  # fmt: skip
+                raise ValueError(f"the loss is {loss} and the gradient's norm {norm} at step {done}: the checkpoint in {args.output} is "
+                                 "from before; go on from it with a lower --lr, a smaller --clip, a higher --teacher_temp, or --amp off")  # fmt: skip
         update_center(center, mean, args.center_momentum)
         if log:
+            entropy, mean_entropy = spread
             run.log(step=done, epoch=epoch, loss=loss, entropy=entropy, mean_entropy=mean_entropy, kl=loss - entropy, lr=lr,
                     weight_decay=weight_decay, momentum=momentum, teacher_temp=teacher_temp, grad_norm=norm)  # fmt: skip
             run.watch(epoch, entropy, mean_entropy, loss - entropy)
@@ -213,18 +216,20 @@ def train(args, device, rank, world):
 class Run:
     """A run's folder, which rank 0 alone writes: config.json, log.jsonl, last.pth and epoch-NNNN.pth, curves.png, attention.png."""
 
-    def __init__(self, args, global_batch, images, state, center, rank):
+    def __init__(self, args, global_batch, dtype, images, state, center, rank):
         self.args, self.state, self.center, self.main = args, state, center, rank == 0
         self.images, self.bad, self.named, self.start = images, set(), set(), time.monotonic()
-        self.config = {name: value for name, value in vars(args).items() if name not in FREE} | {"global_batch": global_batch}
+        self.config = {name: value for name, value in vars(args).items() if name not in FREE} | {"global_batch": global_batch, "precision": str(dtype)}
+        if Path(args.data).is_dir():
+            self.config["data"] = str(Path(args.data).resolve())
         self.collapsed = 0
         self.before = "before training" if args.init else "untrained"
         # what makes up the global batch may change, as long as it stays the same size
-        self.identity = {name: value for name, value in self.config.items() if name not in ("batch", "accumulate")}
+        self.identity = {name: value for name, value in self.config.items() if name not in ("batch", "accumulate", "amp")}
 
     def say(self, line):
         if self.main:
-            print(line, flush=True)
+            say(line)
 
     def resume(self):
         """Loads last.pth, if there is one of the same configuration; the step to go on from. ValueError: another configuration, with the differences."""
@@ -243,6 +248,8 @@ class Run:
             self.say(f"resumed from {path} at step {first}")
         if self.main:
             self.args.output.mkdir(parents=True, exist_ok=True)
+            for old in [path, *self.args.output.glob("epoch-*.pth")] if self.args.overwrite else []:
+                old.unlink(missing_ok=True)
             (self.args.output / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
             log = self.args.output / "log.jsonl"
             lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= first] if first and log.exists() else []
@@ -269,13 +276,14 @@ class Run:
                 raise ValueError(message)
             self.say(f"warning: {message}")
 
-    def check_images(self):
+    def check_images(self, world):
         """Names the images found bad since the last time. ValueError: more than 1 % of all are."""
         for index in sorted(self.bad - self.named):
+            clear_status()
             print(f"cannot read {self.images.name(index)}: its place is taken by the next image", file=sys.stderr)
         self.named |= self.bad
-        if len(self.bad) > 0.01 * len(self.images):
-            raise ValueError(f"{len(self.bad)} of {len(self.images)} images cannot be read, more than 1 %: mend or remove them")
+        if len(self.bad) * world > 0.01 * len(self.images):  # each process sees its share
+            raise ValueError(f"{len(self.bad) * world} of {len(self.images)} images cannot be read, more than 1 %: mend or remove them")
 
     def log(self, **values):
         if self.main:
@@ -285,8 +293,7 @@ class Run:
     def test(self, teacher, images, val, device, step, epoch):
         """Logs the k-NN accuracy (k = 20) of the teacher so far, on a part of the labelled images."""
         if self.main and images.labels and self.args.knn_every:
-            queries = 1000 if val is not None else self.args.knn_bank
-            top1, _ = knn_of(teacher.backbone, images, val, device, workers=self.args.workers, ks=(20,), limits=(self.args.knn_bank, queries))
+            top1, _ = knn_of(teacher.backbone, images, val, device, workers=self.args.workers, ks=(20,), limits=(self.args.knn_bank, 1000))
             self.log(step=step, epoch=epoch, knn=top1[20])
             self.say(f"epoch {epoch}: k-NN {top1[20]:.1f} %" + (f" ({self.before})" if step == 0 else ""))
 
@@ -321,7 +328,8 @@ class Run:
         output = self.args.output
         draw_curves(output / "log.jsonl", output / "curves.png", self.args.out_dim)
         if isinstance(teacher.backbone, ViT):
-            draw_attention(teacher.backbone, [images[i] for i in range(min(5, len(images)))], output / "attention.png")
+            views = Views(images, lambda image, rng: (image,))  # the first readable ones
+            draw_attention(teacher.backbone, [views[0, i][0] for i in range(min(5, len(images)))], output / "attention.png")
         knn = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
         knn = [line["knn"] for line in knn if "knn" in line]
         self.say(f"done in {minutes(time.monotonic() - self.start)}")
@@ -358,7 +366,7 @@ def first_backbone(args):
 def amp_dtype(amp, device):
     """--amp -> the dtype of autocast, or None for float32. auto: bf16 where the GPU has it, else fp16; off on a CPU."""
     if amp == "auto":
-        amp = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        amp = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
@@ -424,6 +432,8 @@ def check(args):
         low, high = getattr(args, flag)
         if not 0 < low <= high <= 1:
             raise ValueError(f"--{flag} {low:g} {high:g} must be two shares of the image's area, the smaller first")
+    if args.drop_path >= 1:
+        raise ValueError(f"--drop_path {args.drop_path} must be below 1: it is a rate")
     if args.optimizer not in ("adamw", "sgd"):
         raise ValueError(f"--optimizer {args.optimizer}: adamw or sgd")
     if args.out_dim < 2:
@@ -460,4 +470,5 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        clear_status()
+        sys.exit(f"train.py: {str(error).splitlines()[-1]}")  # a loader's process puts its traceback before the error

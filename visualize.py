@@ -114,13 +114,18 @@ def main(args):
     print(f"{args.checkpoint}: {describe(backbone)}")
     backbone.to(usable_device(args.device))
     for source in args.images:
-        for path in [folder.root / p for folder in [Folder(source)] for p in folder.paths] if Path(source).is_dir() else [Path(source)]:
+        whole = Path(source).is_dir()
+        for name in Folder(source).paths if whole else [Path(source).name]:
+            path = Path(source, name) if whole else Path(source)
             try:
                 image = read_image(path)
             except Exception as error:  # whatever a decoder may raise
-                raise ValueError(f"cannot read {str(path)!r}: {error}") from None
-            args.output.mkdir(parents=True, exist_ok=True)
-            out = args.output / f"{path.stem}_attention.png"
+                if not whole:
+                    raise ValueError(f"cannot read {str(path)!r}: {error}") from None
+                print(f"cannot read {path}: left out", file=sys.stderr)
+                continue
+            out = (args.output / name).with_name(f"{path.stem}_attention.png")
+            out.parent.mkdir(parents=True, exist_ok=True)
             draw_attention(backbone, [image], out, args.size, args.mass, [path.name])
             print(f"{path} -> {out}")
 

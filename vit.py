@@ -249,7 +249,7 @@ def load_backbone(source, network="teacher"):
     for wrapper in ("state_dict", "model"):
         state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
     if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
-        raise ValueError(f"{str(path)!r} has no weights where a backbone should be: its keys begin with {', '.join(list(map(str, state))[:4])}")
+        raise ValueError(f"{str(path)!r} has no weights where a backbone should be: {list(state)[:4] if isinstance(state, dict) else type(state).__name__}")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     if any(key.startswith("backbone.") for key in state):
         state = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith("head.")}

@@ -110,7 +110,7 @@ def wrong_checkpoints(path):
         ("unexpected", state | {"blocks.0.gamma": torch.zeros(1)}, "blocks.0.gamma"),
         ("misshapen", state | {"norm.weight": torch.zeros(3)}, "norm.weight"),
         ("other", {"weight": torch.zeros(1)}, "begin with weight"),
-        ("plain", {"a": 1}, "begin with a"),
+        ("plain", {"a": 1}, "no weights.*a"),
         ("tensor", torch.zeros(3), "holds a Tensor"),
         ("no teacher", {"student": full["student"]}, "has no teacher, only student"),
         ("flat", state | {"pos_embed": torch.zeros(())}, "not a DINO backbone"),

@@ -24,7 +24,6 @@ def test_train_evaluate_and_visualize_a_folder(folder, tmp_path):
     run = tmp_path / "runs" / "laptop-images"
     assert {path.name for path in run.iterdir()} == {"attention.png", "config.json", "curves.png", "last.pth", "log.jsonl"}
     assert "left" in trained.stderr and "untrained" in trained.stdout and "runs/laptop-images/curves.png" in trained.stdout
-    assert "resumed" in command("train.py", "--data", folder / "train", *TINY, "--epochs", 2, cwd=tmp_path).stdout
 
     evaluated = command("evaluate.py", "knn", run / "last.pth", "--device", "cpu", cwd=tmp_path).stdout
     assert "12 queries against 12 images, 2 classes; chance 50.0 %" in evaluated and "(all 12 images)" in evaluated
@@ -45,8 +44,6 @@ def test_errors_are_one_line(folder, tmp_path):
     torch.save({"teacher": {"backbone." + k: v for k, v in build_backbone("vit_micro", 8, 16).state_dict().items()}}, tmp_path / "c.pth")
     for file, flags, message in (
         ("train.py", ["--data", "nowhere"], "no folder 'nowhere'"),
-        ("train.py", ["--data", loose], "1 images are fewer than a global batch of 64"),
-        ("evaluate.py", ["knn", "none.pth"], "no checkpoint at 'none.pth'"),
         ("evaluate.py", ["knn", "c.pth"], "give --data"),
         ("evaluate.py", ["knn", "c.pth", "--data", loose], "has no labels"),
         ("visualize.py", ["c.pth", "none.png"], "cannot read 'none.png'"),
@@ -55,7 +52,7 @@ def test_errors_are_one_line(folder, tmp_path):
         assert message in error and len(error.splitlines()) == 1 and error.startswith(f"{file}: ")
 
 
-@pytest.mark.parametrize("file", ["train.py", "evaluate.py", "visualize.py"])
+@pytest.mark.parametrize("file", ["train.py", "evaluate.py", "visualize.py", "vit.py"])
 def test_help(file, tmp_path):
     assert "usage" in command(file, "--help", cwd=tmp_path).stdout
 

@@ -42,6 +42,10 @@ def test_splits_are_found_from_the_root_and_from_train(folder, tmp_path):
     for start in (folder, folder / "train"):
         assert split_folder(start, "train") == folder / "train" and split_folder(start, "val") == folder / "val"
     assert split_folder(folder / "val", "train") == folder / "val" and split_folder(folder / "val", "val") is None
+    (folder / "val").rename(folder / "valid")
+    assert split_folder(folder, "val") == folder / "valid"
+    (folder / "valid").rename(tmp_path / "elsewhere")
+    assert load(folder).classes == ["cats and dogs", "größe"] and split_folder(folder, "val") is None
 
 
 def test_a_folder_without_classes_has_no_labels(folder, tmp_path):

