@@ -9,7 +9,7 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
+import numpy as np  # torchvision needs it, so it is there
 import torch
 import torch.nn.functional as F
 import torchvision
