@@ -227,7 +227,9 @@ def load_checkpoint(path):
         with torch.serialization.safe_globals(SAFE):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file may be wrong in any way
-        reason = "it holds code or objects, which are never loaded" if "Weights only" in str(error) else (str(error).splitlines() or [repr(error)])[0]
+        reason = "it holds code or objects, which are never loaded"
+        if "Weights only" not in str(error):
+            reason = f"cut short or of another kind ({(str(error).splitlines() or [repr(error)])[0]})"
         raise ValueError(f"{str(path)!r} is not a readable checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{str(path)!r} holds a {type(checkpoint).__name__}, not a dictionary of weights")
