@@ -80,6 +80,12 @@ def on_signal(number, frame):
     SIGNALS.append(number)
 
 
+def outlive_signals(worker):
+    """A loader's process ignores what a batch system or Ctrl-C sends to the whole group: it ends with the process that it serves."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Network(nn.Module):
     """g = h o f: the backbone, then the projection head on its class token."""
 
@@ -139,9 +145,10 @@ def train(args, device, rank, world):
     if world > 1:
         forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
     crop = MultiCrop(args.global_size, args.local_size, args.local_crops, args.global_scale, args.local_scale)
-    prefetch = 4 if args.workers else None
-    pin = device.type == "cuda"
-    loader = iter(DataLoader(Views(images, crop, args.seed), batch_sampler=batches, num_workers=args.workers, pin_memory=pin, prefetch_factor=prefetch))
+    loader = iter(DataLoader(
+        Views(images, crop, args.seed), batch_sampler=batches, num_workers=args.workers, worker_init_fn=outlive_signals,
+        pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None,
+    ))  # fmt: skip
     scaled = f"{args.lr:g} x {global_batch} / 256 = {args.lr * global_batch / 256:g}"
     run.say(f"{len(images)} images, {world} x {args.batch} x {args.accumulate} a step, {total} steps, learning rate {scaled}, {device}, {dtype or 'float32'}")
     if first == 0:
