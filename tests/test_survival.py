@@ -13,14 +13,14 @@ from test_train import log, run
 
 import train
 
-FLAGS = ["--knn_every", "0", "--drop_path", "0.3", "--save_every", "3"]
+FLAGS = ["--knn_every", "0", "--drop_path", "0.3", "--save_every", "3", "--workers", "1"]
 
 
 def start(folder, steps, processes=1):
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, str(ROOT / "train.py"), *TINY, *FLAGS, "--steps", str(steps), "--output", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 def wait_for(folder, lines, process):
@@ -58,7 +58,7 @@ def test_killed_at_random_steps_it_ends_bit_for_bit_like_an_uninterrupted_run(tm
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, processes, number):
     process = start(tmp_path / "run", 100_000, processes)
     wait_for(tmp_path / "run", 10, process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a batch system does: to the loader's processes too
     out, _ = process.communicate(timeout=60)
     assert f"stopped by {number.name} after step" in out
     assert process.returncode == 128 + number if processes == 1 else process.returncode != 0
