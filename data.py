@@ -212,7 +212,7 @@ class Views(Dataset):
             except Exception:  # whatever a decoder may raise
                 continue
             return *self.transform(image, Random(f"{self.seed} {epoch} {index}")), (-1 if i == index else index)
-        raise ValueError(f"ten images in a row cannot be read, the first of them {self.images.name(index)}")
+        raise ValueError(f"ten images in a row cannot be read, the first of them {self.images.name(index)!r}")
 
 
 class Batches:

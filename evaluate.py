@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from augment import center_crop, normalize
 from data import load
+from run import command, minutes, say, status
 from vit import describe, load_backbone, untrained, usable_device
 
 
@@ -37,33 +38,6 @@ class CenterCrops(Dataset):
             return -1, torch.zeros(3, self.size, self.size, dtype=torch.uint8)
 
 
-_last_status = [0.0]
-
-
-def clear_status():
-    """Takes the status line off a terminal, so that something else can be printed."""
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def say(line):
-    clear_status()
-    print(line, flush=True)
-
-
-def status(line, every=10):
-    """Progress: on a terminal one line in place; elsewhere a plain line, at most one each so many seconds."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-    elif time.monotonic() - _last_status[0] > every:
-        _last_status[0] = time.monotonic()
-        print(line, file=sys.stderr, flush=True)
-
-
-def minutes(seconds):
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
 @torch.inference_mode()
 def features(backbone, images, indices, device, batch=256, workers=0):
     """Class tokens of the given images' central crops: ([n, d] float32 on device, the n indices that could be read)."""
@@ -78,10 +52,9 @@ def features(backbone, images, indices, device, batch=256, workers=0):
         status(f"features {done}/{len(indices)}, {minutes((time.monotonic() - start) * (len(indices) / max(1, done) - 1))} left")
     backbone.train(mode)
     if not read:
-        raise ValueError(f"none of {len(indices)} images can be read, the first of them {images.name(indices[0])}" if indices else "no labelled images")
+        raise ValueError(f"none of {len(indices)} images can be read, the first of them {images.name(indices[0])!r}" if indices else "no labelled images")
     if len(read) < len(indices):
-        clear_status()
-        print(f"{len(indices) - len(read)} images cannot be read and are left out, the first {images.name(min(set(indices) - set(read)))}", file=sys.stderr)
+        say(f"{len(indices) - len(read)} images cannot be read and are left out, the first {images.name(min(set(indices) - set(read)))!r}", sys.stderr)
     return torch.cat(out), read
 
 
@@ -178,8 +151,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, OSError) as error:
-        clear_status()
-        sys.exit(f"evaluate.py: {error}")
+    command(main, parse_args)

@@ -10,13 +10,13 @@ student's exponential moving average. train() is the algorithm; what stands abov
 
 import argparse
 import copy
-import json
 import math
 import os
 import signal
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from random import Random
 
@@ -30,11 +30,12 @@ from torch.utils.data import DataLoader
 
 from augment import MultiCrop, views
 from data import Batches, Views, load
-from evaluate import clear_status, knn_of, minutes, say, status
+from evaluate import knn_of
 from head import DINOHead
 from loss import batch_center, dino_loss, entropies, teacher_temp_at, update_center
+from run import Run, command, in_turn, listen, minutes, outlive_signals
 from visualize import draw_attention, draw_curves
-from vit import ARCHITECTURES, ViT, build_backbone, describe, load_backbone, load_checkpoint, usable_device
+from vit import ARCHITECTURES, ViT, build_backbone, describe, load_backbone, usable_device
 
 RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
     "patch": (16, 8, "side of a patch in pixels"),
@@ -69,21 +70,15 @@ RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
 RESNET = {  # where the paper's recipe for ResNet-50 differs
     "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "weight_decay_end": 1e-4, "drop_path": 0.0, "global_scale": (0.14, 1.0), "local_scale": (0.05, 0.14)
 }  # fmt: skip
-FREE = ("steps", "compile", "workers", "device", "output", "overwrite", "log_every", "save_every", "keep_every", "knn_every", "knn_bank", "stop_on_collapse")  # resuming may change these
-SIGNALS = []  # those that have asked this process to stop
-
-
-def on_signal(number, frame):
-    """The first signal lets the step end and a checkpoint be written; the second ends the process at once."""
-    if SIGNALS:
-        os._exit(128 + number)
-    SIGNALS.append(number)
-
-
-def outlive_signals(worker):
-    """A loader's process ignores what a batch system or Ctrl-C sends to the whole group: it ends with the process that it serves."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+BOUNDS = (  # flags, the least and the most that make sense
+    ("patch global_size local_size hidden_dim bottleneck_dim epochs batch accumulate log_every knn_bank", 1, 1e9),
+    ("local_crops warmup_epochs warmup_teacher_temp_epochs freeze_last_layer workers steps save_every keep_every keep knn_every", 0, 1e9),
+    ("lr min_lr weight_decay weight_decay_end clip", 0, 1e9),
+    ("student_temp teacher_temp warmup_teacher_temp", 1e-3, 1),
+    ("momentum center_momentum", 0, 1),
+    ("drop_path", 0, 0.99),
+    ("out_dim", 2, 1e9),
+)
 
 
 class Network(nn.Module):
@@ -120,7 +115,7 @@ def parameter_groups(network):
 
 
 def train(args, device, rank, world):
-    images, val = open_data(args, rank)
+    images, val = in_turn(lambda: open_data(args))
     batches = Batches(len(images), args.batch, args.accumulate, rank, world, args.seed)
     steps_per_epoch, global_batch = batches.steps_per_epoch, batches.total
     total = args.epochs * steps_per_epoch
@@ -134,10 +129,12 @@ def train(args, device, rank, world):
     teacher = copy.deepcopy(student).requires_grad_(False).train(not isinstance(backbone, ViT))  # as in the reference code, a convnet's uses its batch's statistics
     center = torch.zeros(args.out_dim, device=device)
     groups = parameter_groups(student)
-    optimizer = torch.optim.AdamW(groups, fused=True) if args.optimizer == "adamw" else torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    optimizer = torch.optim.AdamW(groups, fused=True) if args.optimizer == "adamw" else torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
     dtype = amp_dtype(args.amp, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    run = Run(args, global_batch, dtype, images, dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler), center, rank)
+    half = dtype is torch.float16
+    scaler = torch.amp.GradScaler(device.type, 2.0**16 if half else 1.0, growth_interval=2000 if half else 2**31 - 1)  # always: it skips a step that is not finite
+    state = dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
+    run = Run(args, images, state, center, global_batch, dtype, rank, world)
 
     first = run.resume()
     batches.first, batches.last = first, max(first, min(total, args.steps or total))
@@ -152,8 +149,9 @@ def train(args, device, rank, world):
     scaled = f"{args.lr:g} x {global_batch} / 256 = {args.lr * global_batch / 256:g}"
     run.say(f"{len(images)} images, {world} x {args.batch} x {args.accumulate} a step, {total} steps, learning rate {scaled}, {device}, {dtype or 'float32'}")
     if first == 0:
-        run.test(teacher, images, val, device, 0, 0)
+        in_turn(lambda: knn_test(run, teacher, images, val, device, 0, 0))
 
+    norms = []  # of the gradients since the last line of the log
     for step in range(first, batches.last):  # Algorithm 1
         lr, weight_decay, momentum, teacher_temp = schedules(step, args, steps_per_epoch, global_batch)
         for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0)):
@@ -183,33 +181,33 @@ def train(args, device, rank, world):
         if step < args.freeze_last_layer * steps_per_epoch:
             for p in student.head.last_layer.parameters():
                 p.grad = None
-        norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip or math.inf)
+        norms.append(nn.utils.clip_grad_norm_(student.parameters(), args.clip or math.inf))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         get_ema_multi_avg_fn(momentum)(list(teacher.parameters()), list(student.parameters()), None)
 
         epoch, ended = done / steps_per_epoch, done % steps_per_epoch == 0
-        stop = run.stop(device) if world == 1 or log else 0
+        stop = run.stop()
         save = ended or stop or done == batches.last or (args.save_every and done % args.save_every == 0)
         if log or save:  # the only steps on which the host reads from the device
-            run.check_images(world)
-            values = torch.stack([loss, norm, *(spread if log else ())])
+            run.check_images()
+            values = torch.stack([loss, *(spread if log else ())])
             if world > 1:
                 dist.all_reduce(values)
-            loss, norm, *spread = (values / world).tolist()
-            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-                raise ValueError(f"the loss is {loss} and the gradient's norm {norm} at step {done}: the checkpoint in {args.output} is "
-                                 "from before; go on from it with a lower --lr, a smaller --clip, a higher --teacher_temp, or --amp off")  # fmt: skip
+            loss, *spread = (values / world).tolist()
+            norm = torch.stack(norms).tolist()
+            skipped = run.check_finite(done, loss, norm, scaler.get_scale())
         update_center(center, mean, args.center_momentum)
         if log:
             entropy, mean_entropy = spread
             run.log(step=done, epoch=epoch, loss=loss, entropy=entropy, mean_entropy=mean_entropy, kl=loss - entropy, lr=lr,
-                    weight_decay=weight_decay, momentum=momentum, teacher_temp=teacher_temp, grad_norm=norm)  # fmt: skip
+                    weight_decay=weight_decay, momentum=momentum, teacher_temp=teacher_temp, grad_norm=norm[-1], skipped=len(skipped))  # fmt: skip
             run.watch(epoch, entropy, mean_entropy, loss - entropy)
             run.progress(done, first, batches.last, epoch, loss, entropy)
+            norms.clear()
         if ended and args.knn_every and (round(epoch) % args.knn_every == 0 or done == total):
-            run.test(teacher, images, val, device, done, round(epoch))
+            in_turn(lambda: knn_test(run, teacher, images, val, device, done, round(epoch)))
         if save:
             run.save("last.pth", done, epoch)
             if ended and args.keep_every and round(epoch) % args.keep_every == 0:
@@ -217,144 +215,43 @@ def train(args, device, rank, world):
         if stop:
             run.say(f"stopped by {signal.Signals(stop).name} after step {done}: the same command goes on from there")
             sys.exit(128 + stop)
-    run.finish(teacher, val or images)
+    finish(run, teacher, val or images)
 
 
-class Run:
-    """A run's folder, which rank 0 alone writes: config.json, log.jsonl, last.pth and epoch-NNNN.pth, curves.png, attention.png."""
-
-    def __init__(self, args, global_batch, dtype, images, state, center, rank):
-        self.args, self.state, self.center, self.main = args, state, center, rank == 0
-        self.images, self.bad, self.named, self.start = images, set(), set(), time.monotonic()
-        self.config = {name: value for name, value in vars(args).items() if name not in FREE} | {"global_batch": global_batch, "precision": str(dtype)}
-        if Path(args.data).is_dir():
-            self.config["data"] = str(Path(args.data).resolve())
-        self.collapsed = 0
-        self.before = "before training" if args.init else "untrained"
-        # what makes up the global batch may change, as long as it stays the same size
-        self.identity = {name: value for name, value in self.config.items() if name not in ("batch", "accumulate", "amp")}
-
-    def say(self, line):
-        if self.main:
-            say(line)
-
-    def resume(self):
-        """Loads last.pth, if there is one of the same configuration; the step to go on from. ValueError: another configuration, with the differences."""
-        path = self.args.output / "last.pth"
-        first = 0
-        if path.exists() and not self.args.overwrite:
-            checkpoint = load_checkpoint(path)
-            theirs = checkpoint["args"]
-            differ = [f"{name} {theirs.get(name)} -> {value}" for name, value in self.identity.items() if theirs.get(name) != value]
-            if differ:
-                raise ValueError(f"{path} was made with another configuration ({', '.join(differ)}): choose another --output, or --overwrite it")
-            for name, part in self.state.items():
-                part.load_state_dict(checkpoint[name])
-            self.center.copy_(checkpoint["center"])
-            first = checkpoint["step"]
-            self.say(f"resumed from {path} at step {first}")
-        if self.main:
-            self.args.output.mkdir(parents=True, exist_ok=True)
-            for old in [path, *self.args.output.glob("epoch-*.pth")] if self.args.overwrite else []:
-                old.unlink(missing_ok=True)
-            (self.args.output / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
-            log = self.args.output / "log.jsonl"
-            lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= first] if first and log.exists() else []
-            log.write_text("".join(line + "\n" for line in lines))  # nothing from after the checkpoint
-        return first
-
-    def stop(self, device):
-        """The number of a signal that asked some process to stop, the same on all of them; 0 if none did."""
-        if not dist.is_initialized():
-            return SIGNALS[0] if SIGNALS else 0
-        number = torch.tensor(SIGNALS[0] if SIGNALS else 0, device=device)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-        return number.item()
-
-    def watch(self, epoch, entropy, mean_entropy, kl, patience=20):
-        """Warns when the output has been collapsed for so many lines of the log after the warm-up (section 5.3, Figure 7). ValueError: --stop_on_collapse."""
-        uniform = math.log(self.args.out_dim)
-        kind = "uniform" if entropy > 0.99 * uniform and kl < 0.01 * uniform else "one-dimensional" if mean_entropy < 0.01 * uniform else None
-        self.collapsed = self.collapsed + 1 if kind and epoch > self.args.warmup_epochs else 0
-        if self.collapsed == patience:
-            remedy = "lower --teacher_temp, or raise --lr" if kind == "uniform" else "raise --teacher_temp, lower --lr, or check that --center_momentum is below 1"
-            message = f"the output has collapsed to the {kind} solution: {remedy}"
-            if self.args.stop_on_collapse:
-                raise ValueError(message)
-            self.say(f"warning: {message}")
-
-    def check_images(self, world):
-        """Names the images found bad since the last time. ValueError: more than 1 % of all are."""
-        for index in sorted(self.bad - self.named):
-            clear_status()
-            print(f"cannot read {self.images.name(index)}: its place is taken by the next image", file=sys.stderr)
-        self.named |= self.bad
-        if len(self.bad) * world > 0.01 * len(self.images):  # each process sees its share
-            raise ValueError(f"{len(self.bad) * world} of {len(self.images)} images cannot be read, more than 1 %: mend or remove them")
-
-    def log(self, **values):
-        if self.main:
-            with open(self.args.output / "log.jsonl", "a") as file:
-                file.write(json.dumps(values) + "\n")
-
-    def test(self, teacher, images, val, device, step, epoch):
-        """Logs the k-NN accuracy (k = 20) of the teacher so far, on a part of the labelled images."""
-        if self.main and images.labels and self.args.knn_every:
-            top1, _ = knn_of(teacher.backbone, images, val, device, workers=self.args.workers, ks=(20,), limits=(self.args.knn_bank, 1000))
-            self.log(step=step, epoch=epoch, knn=top1[20])
-            self.say(f"epoch {epoch}: k-NN {top1[20]:.1f} %" + (f" ({self.before})" if step == 0 else ""))
-
-    def progress(self, done, first, last, epoch, loss, entropy):
-        if self.main:
-            rate = (done - first) / (time.monotonic() - self.start)
-            speed = f"{rate * self.config['global_batch']:.0f} images/s, {minutes((last - done) / rate)} left"
-            status(f"epoch {epoch:.2f}/{self.args.epochs}  step {done}  loss {loss:.3f}  entropy {entropy:.3f}  KL {loss - entropy:.3f}  {speed}")
-
-    def save(self, name, step, epoch):
-        """Writes a checkpoint beside its place and moves it there, so that whatever happens, a whole one stands."""
-        if not self.main:
-            return
-        path = self.args.output / name
-        checkpoint = {"format": 1, "step": step, "epoch": epoch, "args": self.config, "classes": self.images.classes, "center": self.center}
-        try:
-            with open(f"{path}.tmp", "wb") as file:
-                torch.save(checkpoint | {name: part.state_dict() for name, part in self.state.items()}, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch's writer turns the system's error into its own
-            raise OSError(f"cannot write {path} (is the disk full?): {str(error).splitlines()[0]}; the checkpoint before it stands") from None
-        os.replace(f"{path}.tmp", path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the move itself
-        os.close(folder)
-
-    def finish(self, teacher, images):
-        """Draws the pictures and says where everything is."""
-        if not self.main:
-            return
-        output = self.args.output
-        draw_curves(output / "log.jsonl", output / "curves.png", self.args.out_dim)
-        if isinstance(teacher.backbone, ViT):
-            views = Views(images, lambda image, rng: (image,))  # the first readable ones
-            draw_attention(teacher.backbone, [views[0, i][0] for i in range(min(5, len(images)))], output / "attention.png")
-        knn = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-        knn = [line["knn"] for line in knn if "knn" in line]
-        self.say(f"done in {minutes(time.monotonic() - self.start)}")
-        for name in ("last.pth", "curves.png", "attention.png")[: 2 + isinstance(teacher.backbone, ViT)]:
-            self.say(f"  {output / name}")
-        if len(knn) > 1:
-            self.say(f"  k-NN {knn[-1]:.1f} %, {self.before} {knn[0]:.1f} %")
-        if self.bad:
-            self.say(f"  {len(self.bad)} images could not be read")
+def knn_test(run, teacher, images, val, device, step, epoch):
+    """Logs the k-NN accuracy (k = 20) of the teacher so far, on a part of the labelled images."""
+    if run.main and images.labels and run.args.knn_every:
+        top1, _ = knn_of(teacher.backbone, images, val, device, workers=run.args.workers, ks=(20,), limits=(run.args.knn_bank, 1000))
+        run.log(step=step, epoch=epoch, knn=top1[20])
+        run.say(f"epoch {epoch}: k-NN {top1[20]:.1f} %" + (f" ({before(run.args)})" if step == 0 else ""))
 
 
-def open_data(args, rank):
-    """(images, held-out images with labels or None). Rank 0 opens them first, so that one process downloads."""
-    if dist.is_initialized() and rank > 0:
-        dist.barrier()
+def before(args):
+    return "before training" if args.init else "untrained"
+
+
+def finish(run, teacher, images):
+    """Draws the pictures and says where everything is."""
+    if not run.main:
+        return
+    output, lines = run.args.output, run.lines()
+    draw_curves(lines, output / "curves.png", run.args.out_dim)
+    if isinstance(teacher.backbone, ViT):
+        views = Views(images, lambda image, rng: (image,))  # the first readable ones
+        draw_attention(teacher.backbone, [views[0, i][0] for i in range(min(5, len(images)))], output / "attention.png")
+    run.say(f"done in {minutes(time.monotonic() - run.start)}")
+    for name in ("last.pth", "curves.png", "attention.png")[: 2 + isinstance(teacher.backbone, ViT)]:
+        run.say(f"  {output / name}")
+    knn = [line["knn"] for line in lines if "knn" in line]
+    if len(knn) > 1:
+        run.say(f"  k-NN {knn[-1]:.1f} %, {before(run.args)} {knn[0]:.1f} %")
+    if run.bad:
+        run.say(f"  {len(run.bad)} images could not be read")
+
+
+def open_data(args):
+    """(images, held-out images with labels or None)."""
     images, val = load(args.data, "train"), load(args.data, "val")
-    if dist.is_initialized() and rank == 0:
-        dist.barrier()
     return images, val if val is not None and val.classes == images.classes else None
 
 
@@ -406,6 +303,7 @@ def parse_args(argv=None):
     parser.add_argument("--log_every", type=int, default=10, help="steps between lines of the log")
     parser.add_argument("--save_every", type=int, default=0, help="steps between writes of last.pth, besides each epoch's end")
     parser.add_argument("--keep_every", type=int, default=20, help="epochs between checkpoints that are kept (0: none)")
+    parser.add_argument("--keep", type=int, default=0, help="how many of those to keep, the newest (0: all)")
     parser.add_argument("--knn_every", type=int, default=1, help="epochs between k-NN tests, where there are labels (0: never)")
     parser.add_argument("--knn_bank", type=int, default=10_000 if paper else 2_000, help="images that vote in those tests")
     args = parser.parse_args(argv)
@@ -423,28 +321,16 @@ def parse_args(argv=None):
 
 def check(args):
     """ValueError for what cannot be trained, naming the flag."""
-    for flag in ("patch", "global_size", "local_size", "hidden_dim", "bottleneck_dim", "epochs", "batch", "accumulate", "log_every", "knn_bank"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(args, flag)} must be positive")
-    for flag in ("drop_path", "local_crops", "warmup_epochs", "freeze_last_layer", "clip", "lr", "workers", "steps", "save_every", "keep_every", "knn_every"):
-        if not getattr(args, flag) >= 0:
-            raise ValueError(f"--{flag} {getattr(args, flag)} must not be negative")
-    for flag in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
-        if not 0 < getattr(args, flag) <= 1:
-            raise ValueError(f"--{flag} {getattr(args, flag)} is no temperature: the paper's lie between 0.04 and 0.1")
-    for flag in ("momentum", "center_momentum"):
-        if not 0 <= getattr(args, flag) <= 1:
-            raise ValueError(f"--{flag} {getattr(args, flag)} must lie between 0 and 1")
+    for flags, least, most in BOUNDS:
+        for flag in flags.split():
+            if not least <= getattr(args, flag) <= most:
+                raise ValueError(f"--{flag} {getattr(args, flag)} must be at least {least:g}" + f" and at most {most:g}" * (most < 1e9))
     for flag in ("global_scale", "local_scale"):
         low, high = getattr(args, flag)
         if not 0 < low <= high <= 1:
             raise ValueError(f"--{flag} {low:g} {high:g} must be two shares of the image's area, the smaller first")
-    if args.drop_path >= 1:
-        raise ValueError(f"--drop_path {args.drop_path} must be below 1: it is a rate")
     if args.optimizer not in ("adamw", "sgd"):
         raise ValueError(f"--optimizer {args.optimizer}: adamw or sgd")
-    if args.out_dim < 2:
-        raise ValueError(f"--out_dim {args.out_dim}: K must be at least 2")
     if args.warmup_epochs > args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}: the learning rate would never reach its peak")
     for flag in ("global_size", "local_size"):
@@ -459,11 +345,9 @@ def main(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    SIGNALS.clear()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, on_signal)
+    listen()
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     if rank == 0:
         print(" ".join(f"{name}={value}" for name, value in vars(args).items()))
     try:
@@ -474,8 +358,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, OSError) as error:
-        clear_status()
-        sys.exit(f"train.py: {str(error).splitlines()[-1]}")  # a loader's process puts its traceback before the error
+    command(main, parse_args)

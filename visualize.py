@@ -7,7 +7,6 @@ holds 60 % of its mass. An image is resized so that its short side is 480 / 224 
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 
 from augment import normalize, resize
 from data import Folder, read_image
+from run import command
 from vit import ViT, describe, load_backbone, usable_device
 
 
@@ -74,9 +74,8 @@ def draw_attention(backbone, images, path, short=None, mass=0.6, titles=None):
     figure.savefig(path, dpi=110)
 
 
-def draw_curves(log, path, out_dim):
-    """A run's log.jsonl -> a picture: the loss, the entropies that tell collapse (Figure 7), the k-NN accuracy, and the learning rate."""
-    lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
+def draw_curves(lines, path, out_dim):
+    """The lines of a run's log -> a picture: the loss, the entropies that tell collapse (Figure 7), the k-NN accuracy, and the learning rate."""
     steps, tests = [line for line in lines if "loss" in line], [line for line in lines if "knn" in line]
     figure = Figure(figsize=(12, 3), layout="constrained")
     loss, entropy, knn, rate = figure.subplots(1, 4)
@@ -131,7 +130,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, OSError) as error:
-        sys.exit(f"visualize.py: {error}")
+    command(main, parse_args)

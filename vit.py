@@ -304,13 +304,14 @@ def parse_args(argv=None):
 
 
 def main(args):
+    from run import write_whole
+
     backbone, _ = load_backbone(args.checkpoint, args.network)
-    torch.save(export(backbone), args.file)
+    write_whole(args.file, lambda file: torch.save(export(backbone), file))
     print(f"{args.checkpoint}: {describe(backbone)} -> {args.file}")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"vit.py: {error}")
+    from run import command
+
+    command(main, parse_args)

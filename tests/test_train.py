@@ -13,6 +13,7 @@ from conftest import ROOT, TINY
 
 import train
 from head import DINOHead
+from run import Run
 from vit import build_backbone
 
 
@@ -165,45 +166,16 @@ def test_mixed_precision_trains_and_keeps_float32_weights(tmp_path, amp):
     end = run("--amp", amp, "--steps", 2, "--warmup_epochs", 0, "--output", tmp_path)
     assert all(value.dtype == torch.float32 for value in end["student"].values())
     assert all(math.isfinite(line["loss"]) for line in log(tmp_path) if "loss" in line)
-    assert bool(end["scaler"]) == (amp == "fp16")
+    assert (end["scaler"]["scale"] > 1) == (amp == "fp16")
     full = run("--steps", 2, "--warmup_epochs", 0, "--output", tmp_path / "full")
     assert 0 < (end["center"] - full["center"]).abs().max() < 0.02  # other sums than in float32, but not far
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
-    run("--steps", 1, "--output", tmp_path)
-    checkpoint = torch.load(tmp_path / "last.pth", weights_only=True)
-    checkpoint["student"]["head.mlp.0.weight"][0, 0] = math.nan
-    torch.save(checkpoint, tmp_path / "last.pth")
-    before = (tmp_path / "last.pth").read_bytes()
-    with pytest.raises(ValueError, match="loss is nan .* at step 2: the checkpoint in"):
-        run("--steps", 3, "--output", tmp_path)
-    assert (tmp_path / "last.pth").read_bytes() == before
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--patch", "7"], "--patch 7 must divide"),
-    (["--batch", "20000"], "fewer than a global batch"),
-    (["--epochs", "0"], "positive"),
-    (["--out_dim", "1"], "--out_dim"),
-    (["--drop_path", "1"], "--drop_path"),
-    (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
-    (["--device", "abacus"], "--device abacus cannot be used here"),
-    (["--teacher_temp", "0"], "temperature"),
-    (["--warmup_epochs", "99"], "--warmup_epochs 99"),
-    (["--data", "nowhere"], "no folder 'nowhere'"),
-])  # fmt: skip
-def test_bad_flags_are_refused(tmp_path, flags, message):
-    with pytest.raises(ValueError, match=message):
-        run(*flags, "--output", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_overwriting_leaves_nothing_to_resume_from(tmp_path):
     run("--steps", 1, "--output", tmp_path)
     (tmp_path / "epoch-0001.pth").write_bytes(b"old")
     args = train.parse_args([*TINY, "--output", str(tmp_path), "--overwrite"])
-    assert train.Run(args, 4, None, None, {}, None, 0).resume() == 0
+    assert Run(args, None, {}, None, 4).resume() == 0
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == []
 
 
