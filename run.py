@@ -105,6 +105,15 @@ def outlive_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+def join(device):
+    """Meets the other processes that torchrun has started, if it has: gloo for CPU tensors, nccl for a GPU's. RuntimeError: one keeps the rest waiting for ten minutes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        store, rank, world = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # else a restart may find the dead processes' addresses
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=10))
+
+
 def agree(value):
     """The largest of all processes' values (a number, or a CPU tensor elementwise). It goes through gloo, so that no GPU is waited for."""
     if not dist.is_initialized():
@@ -122,7 +131,7 @@ def patient_group():
 def in_turn(function):
     """function() in each process, rank 0 first, then one on each other machine, then the rest: what the first downloads, the others find.
 
-    However long one takes, the others wait; elsewhere a process that keeps the others waiting for ten minutes ends the run.
+    However long one takes, the others wait.
     """
     if not dist.is_initialized():
         return function()

@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from random import Random
 
@@ -33,7 +32,7 @@ from data import Batches, Views, load
 from evaluate import knn_of
 from head import DINOHead
 from loss import batch_center, dino_loss, entropies, teacher_temp_at, update_center
-from run import Run, command, in_turn, listen, minutes, outlive_signals
+from run import Run, command, in_turn, join, listen, minutes, outlive_signals
 from visualize import draw_attention, draw_curves
 from vit import ARCHITECTURES, ViT, build_backbone, describe, load_backbone, usable_device
 
@@ -346,8 +345,7 @@ def main(args):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     listen()
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    join(device)
     if rank == 0:
         print(" ".join(f"{name}={value}" for name, value in vars(args).items()))
     try:

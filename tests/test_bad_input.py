@@ -1,0 +1,296 @@
+"""What a user can get wrong: each ends in one line that says so and a status that is not 0, and nothing is left half done."""
+
+import io
+import json
+import os
+import random
+import runpy
+import shutil
+import struct
+import sys
+import warnings
+import zlib
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from PIL import Image
+
+import train
+from data import Folder, Shapes, Views, read_image
+from head import DINOHead
+from vit import build_backbone, export, resnet50
+
+
+def command(file, *flags):
+    """As typed: (status, lines on stderr)."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as err, redirect_stdout(io.StringIO()):
+        patch.setattr(sys, "argv", [file, *flags])
+        try:
+            runpy.run_path(str(ROOT / file), run_name="__main__")
+        except SystemExit as stop:
+            if isinstance(stop.code, str):  # the interpreter prints it
+                print(stop.code, file=sys.stderr)
+                return 1, err.getvalue().splitlines()
+            return stop.code, err.getvalue().splitlines()
+    return 0, err.getvalue().splitlines()
+
+
+def png(width, height):
+    """A PNG that claims a size, in a few bytes."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data sets and checkpoints, good and bad, for the commands to run in."""
+    place = tmp_path_factory.mktemp("place")
+    image = Image.fromarray(Shapes()[0].permute(1, 2, 0).numpy())
+
+    def folder(name, count, spoil=lambda i: False):
+        (place / name).mkdir(parents=True)
+        for i in range(count):
+            image.save(place / name / f"{i}.png")
+            if spoil(i):
+                (place / name / f"{i}.png").write_bytes(b"no image")
+
+    for split, name in (("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")):
+        folder(f"good/{split}/{name}", 4)
+    for name in ("differ/train/a", "differ/train/b", "differ/val/a", "differ/val/c", "one/a"):
+        folder(name, 4)
+    folder("few", 3)
+    folder("half", 20, lambda i: i % 2)
+    folder("bad/a", 11, lambda i: True)
+    folder("bad/b", 11, lambda i: True)
+    (place / "text").mkdir()
+    (place / "text" / "readme.txt").write_text("no image")
+    (place / "empty").mkdir()
+    (place / "split" / "train").mkdir(parents=True)
+    image.save(place / "image.png")
+    (place / "text.jpg").write_text("no image")
+    (place / "bomb.png").write_bytes(png(100_000, 100_000))
+    (place / "cut.png").write_bytes((place / "image.png").read_bytes()[:900])
+    backbone = build_backbone("vit_micro", 8, 16)
+    torch.save(export(backbone), place / "bare.pth")
+    torch.save({"teacher": train.Network(backbone, DINOHead(64, 8, 8, 4)).state_dict(), "args": {"data": "gone"}}, place / "gone.pth")
+    torch.save(resnet50().state_dict(), place / "resnet.pth")
+    torch.save({"weight": torch.zeros(3)}, place / "foreign.pth")
+    (place / "text.pth").write_text("no weights")
+    (place / "empty.pth").write_bytes(b"")
+    whole = (place / "bare.pth").read_bytes()
+    (place / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    for name, content in (("foreign", {"weight": torch.zeros(3)}), ("old", {"format": 1, "args": {}}), ("cut", None)):
+        (place / f"run-{name}").mkdir()
+        torch.save(content, place / f"run-{name}" / "last.pth")
+    (place / "run-cut" / "last.pth").write_bytes(whole[:5000])
+    (place / "run-folder" / "last.pth").mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        train.main(train.parse_args([*TINY, "--data", "good", "--steps", "1", "--output", "run", "--knn_every", "0"]))
+    return place
+
+
+TRAIN = [  # flags of train.py, what the line says; --data good --output out come first
+    *((f"--{flag} {value}", f"--{flag} {value} must be at least") for flag, value in (
+        ("patch", 0), ("patch", -8), ("global_size", 0), ("local_size", -1), ("hidden_dim", 0), ("bottleneck_dim", 0), ("epochs", 0), ("batch", 0),
+        ("accumulate", -1), ("log_every", 0), ("knn_bank", 0), ("local_crops", -1), ("warmup_epochs", -1), ("freeze_last_layer", -1), ("workers", -1),
+        ("steps", -5), ("save_every", -1), ("keep_every", -1), ("keep", -1), ("knn_every", -1), ("out_dim", 1), ("lr", -0.1), ("lr", "nan"), ("lr", "inf"),
+        ("min_lr", "nan"), ("weight_decay", -1.0), ("weight_decay_end", "nan"), ("clip", "nan"), ("student_temp", 0.0), ("teacher_temp", "nan"),
+        ("teacher_temp", 2.0), ("warmup_teacher_temp", 0.0), ("momentum", 1.1), ("momentum", "nan"), ("center_momentum", -0.1), ("drop_path", 1.0),
+    )),
+    ("--epochs many", "argument --epochs: invalid int value: 'many'"),
+    ("--lr", "argument --lr: expected one argument"),
+    ("--learning_rate 1", "unrecognized arguments: --learning_rate 1"),
+    ("--arch vit_giant", "invalid choice: 'vit_giant'"),
+    ("--amp fp8", "invalid choice: 'fp8'"),
+    ("--optimizer lars", "--optimizer lars: adamw or sgd"),
+    ("--global_scale 0.5 0.2", "--global_scale 0.5 0.2 must be two shares"),
+    ("--local_scale 0 0.2", "--local_scale 0 0.2 must be two shares"),
+    ("--global_scale nan 1", "must be two shares"),
+    ("--patch 7", "--patch 7 must divide --global_size 16"),
+    ("--local_size 12", "--patch 8 must divide --local_size 12"),
+    ("--warmup_epochs 99", "--warmup_epochs 99 is more than --epochs 14"),
+    ("--batch 9", "8 images are fewer than a global batch of 9"),
+    ("--batch 4 --accumulate 3", "8 images are fewer than a global batch of 12"),
+    ("--device cuda:99", "--device cuda:99 cannot be used here"),
+    ("--device abacus", "--device abacus cannot be used here"),
+    ("--data nowhere", "no folder 'nowhere'; the built-in data sets are shapes"),
+    ("--data image.png", "no folder 'image.png'"),
+    ("--data empty", "no images below"),
+    ("--data text", "no images below"),
+    ("--data split", "no images below"),
+    ("--data few", "3 images are fewer than a global batch of 4"),
+    ("--data bad", "images in a row cannot be read"),
+    ("--data half --knn_every 0", "10 of 20 images cannot be read, more than 1 %"),
+    ("--init nowhere.pth", "no checkpoint at 'nowhere.pth'"),
+    ("--init empty", "no checkpoint at 'empty'"),
+    ("--init text.pth", "'text.pth' is not a readable checkpoint"),
+    ("--init foreign.pth", "'foreign.pth' is not a DINO backbone"),
+    ("--init bare.pth --patch 16 --local_size 16", "--arch vit_micro --patch 16 must say so"),
+    ("--output image.png", "image.png"),
+    ("--output image.png/run", "image.png"),
+    ("--output run", "data"),  # made with --data good
+    ("--output run --data good --lr 0.5", "lr 0.008 -> 0.5): choose another --output, or --overwrite it"),
+    ("--output run-foreign", "run-foreign/last.pth is no run to resume"),
+    ("--output run-old", "run-old/last.pth is no run to resume, or of another version"),
+    ("--output run-cut", "run-cut/last.pth' is not a readable checkpoint: cut short"),
+    ("--output run-folder", "no checkpoint at 'run-folder/last.pth'"),
+]  # fmt: skip
+OTHERS = [
+    ("evaluate.py knn", "the following arguments are required: checkpoint"),
+    ("evaluate.py guess bare.pth", "invalid choice: 'guess'"),
+    ("evaluate.py knn nowhere.pth", "no checkpoint at 'nowhere.pth'"),
+    ("evaluate.py knn text.pth --data good", "'text.pth' is not a readable checkpoint"),
+    ("evaluate.py knn empty.pth --data good", "'empty.pth' is not a readable checkpoint"),
+    ("evaluate.py knn cut.pth --data good", "'cut.pth' is not a readable checkpoint"),
+    ("evaluate.py knn foreign.pth --data good", "'foreign.pth' is not a DINO backbone"),
+    ("evaluate.py knn bare.pth", "'bare.pth' does not say what it was trained on: give --data"),
+    ("evaluate.py knn gone.pth", "no folder 'gone'"),
+    ("evaluate.py knn bare.pth --network student --data few", "'few' has no labels"),
+    ("evaluate.py knn gone.pth --network student --data good", "has no student, only teacher"),
+    ("evaluate.py knn bare.pth --data one", "'one' has no labels"),
+    ("evaluate.py knn bare.pth --data differ", "the training split has classes ['a', 'b'], the held-out one ['a', 'c']"),
+    ("evaluate.py knn bare.pth --data bad", "none of 22 images can be read"),
+    ("evaluate.py knn bare.pth --data good --k 0", "--k and --batch must be positive"),
+    ("evaluate.py knn bare.pth --data good --batch 0", "--k and --batch must be positive"),
+    ("evaluate.py knn bare.pth --data good --workers -1", "--workers not negative"),
+    ("evaluate.py knn bare.pth --data good --device cuda:99", "--device cuda:99 cannot be used here"),
+    ("visualize.py bare.pth", "the following arguments are required: images"),
+    ("visualize.py nowhere.pth image.png", "no checkpoint at 'nowhere.pth'"),
+    ("visualize.py bare.pth nowhere.png", "cannot read 'nowhere.png'"),
+    ("visualize.py bare.pth text.jpg", "cannot read 'text.jpg'"),
+    ("visualize.py bare.pth cut.png", "cannot read 'cut.png'"),
+    ("visualize.py bare.pth bomb.png", "cannot read 'bomb.png': Image size (10000000000 pixels) exceeds limit"),
+    ("visualize.py bare.pth empty", "no images below"),
+    ("visualize.py bare.pth image.png --mass 0", "--mass 0.0 must lie in (0, 1]"),
+    ("visualize.py bare.pth image.png --size 0", "--size 0 be positive"),
+    ("visualize.py bare.pth image.png --output text.jpg", "text.jpg"),
+    ("visualize.py resnet.pth image.png", "a convnet has no attention"),
+    ("vit.py nowhere.pth out.pth", "no checkpoint at 'nowhere.pth'"),
+    ("vit.py bare.pth nowhere/out.pth", "nowhere/out.pth"),
+    ("vit.py bare.pth empty", "empty"),
+]  # fmt: skip
+ENVIRONMENTS = [
+    ("WORLD_SIZE=many", "'many'"),
+    ("WORLD_SIZE=2 RANK=0 LOCAL_RANK=0", "MASTER_ADDR"),
+    ("WORLD_SIZE=2 RANK=0 LOCAL_RANK=0 MASTER_ADDR=nowhere.invalid MASTER_PORT=1", "nowhere.invalid"),
+    ("WORLD_SIZE=2 RANK=7 LOCAL_RANK=7 MASTER_ADDR=localhost MASTER_PORT=0", "rank"),
+]
+
+
+MET_ON_THE_WAY = ("images in a row cannot be read", "10 of 20 images cannot be read, more than 1 %")  # the run has begun: its folder has settings and a log
+
+
+def state_of(place):
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in place.rglob("*")}
+
+
+def check(place, monkeypatch, line, message):
+    monkeypatch.chdir(place)
+    before = state_of(place)
+    status, lines = command(*line)
+    errors = [text for text in lines if not text.startswith(("cannot read", "epoch "))]  # named once each; progress
+    assert status in (1, 2) and len(errors) == 1 and errors[0].startswith(f"{line[0]}: ") and message in errors[0], (status, lines)
+    if message in MET_ON_THE_WAY:
+        assert not list((place / "out").glob("*.pth"))
+        shutil.rmtree(place / "out")
+    assert state_of(place) == before
+
+
+@pytest.mark.parametrize("flags, message", TRAIN)
+def test_train(place, monkeypatch, flags, message):
+    given = flags.split()
+    check(place, monkeypatch, ["train.py", *TINY, "--data", "good", "--output", "out", *given], message)
+
+
+@pytest.mark.parametrize("line, message", OTHERS)
+def test_other_commands(place, monkeypatch, line, message):
+    check(place, monkeypatch, line.split(), message)
+
+
+@pytest.mark.parametrize("variables, message", ENVIRONMENTS)
+def test_environments(place, monkeypatch, variables, message):
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+    check(place, monkeypatch, ["train.py", *TINY, "--data", "good", "--output", "out"], message)
+
+
+def mutants(count):
+    """(bytes, extension): images cut short, with flipped bits, or named as what they are not."""
+    rng, images = random.Random(0), []
+    for extension, format, mode in ((".png", "PNG", "RGBA"), (".jpg", "JPEG", "RGB"), (".gif", "GIF", "P"), (".webp", "WEBP", "RGB"), (".bmp", "BMP", "RGB"),
+                                    (".tif", "TIFF", "CMYK"), (".ppm", "PPM", "RGB"), (".png", "PNG", "P"), (".tif", "TIFF", "I;16")):  # fmt: skip
+        noise = Image.effect_noise((40, 30), 80)
+        image = Image.new(mode, noise.size, 9000) if mode == "I;16" else noise.convert("RGB").convert(mode)
+        image.save(file := io.BytesIO(), format)
+        images.append((extension, file.getvalue()))
+    for i in range(count):
+        extension, content = rng.choice(images)
+        content = bytearray(content)
+        if i % 3 == 0:
+            del content[rng.randrange(len(content)) :]
+        elif i % 3 == 1:
+            for _ in range(rng.choice((1, 3, 30))):
+                where = rng.randrange(min(len(content), rng.choice((64, 10**6))))  # often in the header
+                content[where] ^= 1 << rng.randrange(8)
+        else:
+            extension = rng.choice([other for other, _ in images if other != extension])
+        yield bytes(content), extension
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_500_mutated_images_load_as_rgb_or_are_reported(tmp_path):
+    for i, (content, extension) in enumerate(mutants(500)):
+        (tmp_path / f"{i:03d}{extension}").write_bytes(content)
+    Image.new("RGB", (5, 5)).save(tmp_path / "999.png")
+    images, loaded = Folder(tmp_path), 0
+    for i in range(500):
+        try:
+            image = images[i]
+        except Exception:  # what Views takes as a report, and puts the next image in its place
+            continue
+        assert image.dtype == torch.uint8 and image.shape[0] == 3 and image.numel()
+        loaded += 1
+    views = Views(images, lambda image, rng: (image,))
+    replaced = []
+    for i in range(500):
+        try:
+            replaced.append(views[0, i][1] != -1)
+        except ValueError as error:  # ten in a row
+            assert images.name(i) in str(error)
+            replaced.append(True)
+    assert 100 < loaded < 450 and sum(replaced) == 500 - loaded
+
+
+def test_decompression_bombs_are_refused_by_size(tmp_path):
+    for width, height in ((10_000, 10_000), (2_000_000, 2_000_000)):
+        (tmp_path / "bomb.png").write_bytes(png(width, height))
+        with pytest.raises(Exception, match="exceeds limit"):
+            read_image(tmp_path / "bomb.png")
+    (tmp_path / "large.png").write_bytes(png(7_900, 1))
+    with warnings.catch_warnings(action="error") if sys.version_info > (3, 11) else warnings.catch_warnings():
+        Image.new("RGB", (7_000, 5_000)).save(tmp_path / "large.png")
+        assert read_image(tmp_path / "large.png").shape == (3, 5_000, 7_000)
+
+
+def test_images_that_vanish_during_training_are_replaced_and_counted(tmp_path, capsys):
+    for i in range(300):
+        Image.new("RGB", (20, 20), (i % 256, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "new\nline é.png").write_bytes(b"")
+    real, seen = train.views, []
+
+    def views(*args):
+        if not seen:
+            os.unlink(tmp_path / "7.png")
+        seen.append(args)
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "views", views)
+        train.main(train.parse_args([*TINY, "--data", str(tmp_path), "--epochs", "1", "--batch", "100", "--output", str(tmp_path / "run")]))
+    out, err = capsys.readouterr()
+    named = [line for line in err.splitlines() if line.startswith("cannot read")]
+    assert len(named) == 2 and all("its place is taken by the next" in line for line in named) and "2 images could not be read" in out
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 3
