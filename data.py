@@ -7,6 +7,7 @@ images.classes are their names. load("name or path", "train" or "val") opens one
 import colorsys
 import math
 import os
+import warnings
 from pathlib import Path
 from random import Random
 
@@ -30,10 +31,12 @@ def to_tensor(image):
 
 
 def read_image(path):
-    """An image file -> uint8 [3, h, w]. OSError or another exception of Pillow's if it cannot be read."""
-    with Image.open(path) as image:
-        image.load()
-        return to_tensor(image)
+    """An image file -> uint8 [3, h, w]. OSError or another exception of Pillow's if it cannot be read, or is a decompression bomb by its size."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            image.load()
+            return to_tensor(image)
 
 
 class Folder:

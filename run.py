@@ -64,15 +64,16 @@ def minutes(seconds):
 
 def command(main, parse_args):
     """Runs main(parse_args()). What a user can get wrong ends in one line on stderr and a status that is not 0; a traceback is a defect of ours."""
+    said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as said:
+        with contextlib.redirect_stderr(said):
             args = parse_args()
+        said = None
+        main(args)
     except SystemExit as stop:
-        if stop.code:  # argparse puts the whole usage before what is wrong
+        if said and stop.code:  # argparse puts the whole usage before what is wrong
             print(said.getvalue().splitlines()[-1], "(--help lists the flags)", file=sys.stderr)
         raise
-    try:
-        main(args)
     except KeyboardInterrupt:
         clear_status()
         sys.exit(128 + signal.SIGINT)
@@ -94,6 +95,7 @@ def on_signal(number, frame):
 
 
 def listen():
+    """From here on, signals end a step, not the process. Before a run has begun there is nothing to save."""
     RECEIVED.clear()
     for number in STOP_SIGNALS:
         signal.signal(number, on_signal)

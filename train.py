@@ -150,6 +150,7 @@ def train(args, device, rank, world):
     if first == 0:
         in_turn(lambda: knn_test(run, teacher, images, val, device, 0, 0))
 
+    listen()
     norms = []  # of the gradients since the last line of the log
     for step in range(first, batches.last):  # Algorithm 1
         lr, weight_decay, momentum, teacher_temp = schedules(step, args, steps_per_epoch, global_batch)
@@ -344,7 +345,6 @@ def main(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    listen()
     join(device)
     if rank == 0:
         print(" ".join(f"{name}={value}" for name, value in vars(args).items()))
