@@ -6,7 +6,6 @@ patch embedding is a linear layer on flattened patches, whose weight is the refe
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import numpy as np  # torchvision needs it, so it is there
