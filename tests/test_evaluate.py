@@ -44,7 +44,7 @@ def test_features_skip_what_cannot_be_read(capsys):
     whole, _ = features(backbone, Shapes("val"), [5, 1], torch.device("cpu"))
     assert read == [1, 5] and tokens.shape == (2, backbone.dim)
     torch.testing.assert_close(tokens, whole.flip(0))
-    assert "1 images cannot be read and are left out, the first blue disc 3" in capsys.readouterr().err
+    assert "1 images cannot be read and are left out, the first 'blue disc 3'" in capsys.readouterr().err
 
 
 def test_a_part_of_the_images_has_every_class():
