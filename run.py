@@ -158,8 +158,9 @@ def write_whole(path, write):
             raise OSError(f"{os.path.getsize(beside)} of {length} bytes arrived")
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's error into its own
-        if "DataLoader" in str(error):  # the death of a loader's process may show anywhere
-            raise
+        for cause in (error, error.__context__):
+            if "DataLoader" in str(cause):  # the death of a loader's process may show anywhere
+                raise cause from None
         with contextlib.suppress(OSError):
             os.unlink(beside)
         raise OSError(f"cannot write {path} (is the disk full?): {str(error).splitlines()[0]}; what was there before stands") from None
