@@ -4,11 +4,13 @@ The folder holds config.json, log.jsonl, last.pth and epoch-NNNN.pth. Rank 0 alo
 a full disk at any moment leaves the one before. A run goes on from last.pth as if nothing had happened.
 """
 
+import atexit
 import contextlib
 import functools
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -64,6 +66,7 @@ def minutes(seconds):
 
 def command(main, parse_args):
     """Runs main(parse_args()). What a user can get wrong ends in one line on stderr and a status that is not 0; a traceback is a defect of ours."""
+    atexit.register(end_children)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -80,7 +83,7 @@ def command(main, parse_args):
     except (ValueError, OSError, RuntimeError) as error:
         line = (str(error).splitlines() or [repr(error)])[-1]  # an error of a loader's process ends its traceback
         if isinstance(error, RuntimeError):
-            line = next((reason for pattern, reason in REASONS.items() if re.search(pattern, str(error))), None)
+            line = next((reason for pattern, reason in REASONS.items() if re.search(pattern, f"{error} {error.__context__}")), None)
         if line is None:
             raise
         clear_status()
@@ -99,6 +102,13 @@ def listen():
     RECEIVED.clear()
     for number in STOP_SIGNALS:
         signal.signal(number, on_signal)
+
+
+def end_children():
+    """At the end of the process, whatever ended it: Python would ask the loader's processes, which ignore it, and then wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def outlive_signals(worker):
@@ -158,9 +168,8 @@ def write_whole(path, write):
             raise OSError(f"{os.path.getsize(beside)} of {length} bytes arrived")
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's error into its own
-        for cause in (error, error.__context__):
-            if "DataLoader" in str(cause):  # the death of a loader's process may show anywhere
-                raise cause from None
+        if "DataLoader" in f"{error} {error.__context__}":  # the death of a loader's process may show anywhere
+            raise
         with contextlib.suppress(OSError):
             os.unlink(beside)
         raise OSError(f"cannot write {path} (is the disk full?): {str(error).splitlines()[0]}; what was there before stands") from None

@@ -77,6 +77,15 @@ def test_killed_at_random_steps_it_ends_like_an_uninterrupted_run(tmp_path, proc
     assert [line["step"] for line in log(tmp_path / "killed")] == list(range(1, 121))
 
 
+def test_a_process_that_loads_images_and_dies_ends_the_run_with_one_line(tmp_path):
+    process = start(tmp_path, 100_000)
+    wait_for(tmp_path, 5, process)
+    os.kill(max(processes_of(tmp_path)), signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in out and "train.py: a process that loads images was killed" in out
+    assert checkpoint(tmp_path)["step"] > 0
+
+
 @pytest.mark.parametrize("processes, number", [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, processes, number):
     process = start(tmp_path / "run", 100_000, processes)
