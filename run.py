@@ -178,6 +178,15 @@ def write_whole(path, write):
     os.close(folder)
 
 
+def read_log(path):
+    """What has been logged: one dict a line. A line cut short by a crash is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
 class Run:
     """One training run: args, its folder args.output, and the state that a checkpoint holds.
 
@@ -187,6 +196,7 @@ class Run:
     def __init__(self, args, images, state, center, global_batch, dtype=None, rank=0, world=1):
         self.args, self.images, self.state, self.center, self.main = args, images, state, center, rank == 0
         self.bad, self.named, self.collapsed, self.start = set(), set(), 0, time.monotonic()
+        self.attention = {}  # {step: what the teacher attends to in a few images}, for emergence.png
         self.config = {name: value for name, value in vars(args).items() if name not in FREE}
         self.config |= {"global_batch": global_batch, "precision": str(dtype), "world": world}
         if Path(args.data).is_dir():
@@ -213,7 +223,7 @@ class Run:
             for name, part in self.state.items():
                 part.load_state_dict(checkpoint[name])
             self.center.copy_(checkpoint["center"])
-            first = checkpoint["step"]
+            first, self.attention = checkpoint["step"], checkpoint.get("attention", {})
             noted = [text for name, text in changed.items() if name in NOTED]
             self.say(f"resumed from {path} at step {first}" + (f", with {', '.join(noted)}" if noted else ""))
             if "epochs" in changed:
@@ -230,12 +240,7 @@ class Run:
         return first
 
     def lines(self):
-        """What has been logged: one dict a line. A line cut short by a crash is left out."""
-        lines = []
-        for line in self.log_path.read_text().splitlines() if self.log_path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(line))
-        return lines
+        return read_log(self.log_path)
 
     def log(self, **values):
         if self.main:
@@ -247,6 +252,7 @@ class Run:
         if not self.main:
             return
         checkpoint = {"format": FORMAT, "step": step, "epoch": epoch, "args": self.config, "classes": self.images.classes, "center": self.center}
+        checkpoint |= {"attention": self.attention}
         checkpoint |= {name: part.state_dict() for name, part in self.state.items()}
         write_whole(self.args.output / name, lambda file: torch.save(checkpoint, file))
         for old in sorted(self.args.output.glob("epoch-*.pth"))[: -self.args.keep] if self.args.keep else []:

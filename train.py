@@ -33,7 +33,7 @@ from evaluate import knn_of
 from head import DINOHead
 from loss import batch_center, dino_loss, entropies, teacher_temp_at, update_center
 from run import Run, command, in_turn, join, listen, minutes, outlive_signals
-from visualize import draw_attention, draw_curves
+from visualize import attend, draw_attention, draw_curves, draw_emergence
 from vit import ARCHITECTURES, ViT, build_backbone, describe, load_backbone, usable_device
 
 RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
@@ -148,11 +148,12 @@ def train(args, device, rank, world):
     scaled = f"{args.lr:g} x {global_batch} / 256 = {args.lr * global_batch / 256:g}"
     run.say(f"{len(images)} images, {world} x {args.batch} x {args.accumulate} a step, {total} steps, learning rate {scaled}, {device}, {dtype or 'float32'}")
     if first == 0:
-        in_turn(lambda: knn_test(run, teacher, images, val, device, 0, 0))
+        in_turn(lambda: knn_test(run, images, val, device, 0, 0))
 
     listen()
     norms = []  # of the gradients since the last line of the log
     for step in range(first, batches.last):  # Algorithm 1
+        keep_attention(run, teacher.backbone, val or images, step)
         lr, weight_decay, momentum, teacher_temp = schedules(step, args, steps_per_epoch, global_batch)
         for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0)):
             group.update(lr=lr, weight_decay=decay)
@@ -207,40 +208,59 @@ def train(args, device, rank, world):
             run.progress(done, first, batches.last, epoch, loss, entropy)
             norms.clear()
         if ended and args.knn_every and (round(epoch) % args.knn_every == 0 or done == total):
-            in_turn(lambda: knn_test(run, teacher, images, val, device, done, round(epoch)))
+            in_turn(lambda: knn_test(run, images, val, device, done, round(epoch)))
         if save:
             run.save("last.pth", done, epoch)
+            if ended and run.main:
+                draw_curves(run.lines(), args.output / "curves.png", args.out_dim)
             if ended and args.keep_every and round(epoch) % args.keep_every == 0:
                 run.save(f"epoch-{round(epoch):04d}.pth", done, epoch)
         if stop:
             run.say(f"stopped by {signal.Signals(stop).name} after step {done}: the same command goes on from there")
             sys.exit(128 + stop)
-    finish(run, teacher, val or images)
+    finish(run, teacher, val or images, batches.last)
 
 
-def knn_test(run, teacher, images, val, device, step, epoch):
-    """Logs the k-NN accuracy (k = 20) of the teacher so far, on a part of the labelled images."""
+def knn_test(run, images, val, device, step, epoch):
+    """Logs the k-NN accuracy (k = 20) of the teacher and the student so far, on a part of the labelled images."""
     if run.main and images.labels and run.args.knn_every:
-        top1, _ = knn_of(teacher.backbone, images, val, device, workers=run.args.workers, ks=(20,), limits=(run.args.knn_bank, 1000))
-        run.log(step=step, epoch=epoch, knn=top1[20])
-        run.say(f"epoch {epoch}: k-NN {top1[20]:.1f} %" + (f" ({before(run.args)})" if step == 0 else ""))
+        top1 = {}
+        for name in ("teacher", "student") if step else ("teacher",):  # they begin alike
+            limits = (run.args.knn_bank, 1000)
+            top1[name] = knn_of(run.state[name].backbone, images, val, device, workers=run.args.workers, ks=(20,), limits=limits)[0][20]
+        run.log(step=step, epoch=epoch, knn=top1["teacher"], knn_student=top1.get("student", top1["teacher"]))
+        run.say(f"epoch {epoch}: k-NN {top1['teacher']:.1f} %" + (f" ({before(run.args)})" if step == 0 else ""))
 
 
 def before(args):
     return "before training" if args.init else "untrained"
 
 
-def finish(run, teacher, images):
+def some_images(images, count=4):
+    """A few of the images, spread evenly: the same each time."""
+    views = Views(images, lambda image, rng: (image,))  # the next readable one in a bad one's place
+    return [views[0, i * len(images) // count][0] for i in range(min(count, len(images)))]
+
+
+def keep_attention(run, backbone, images, step):
+    """At steps 0, 1, 2, 4, 8, ... keeps what the teacher attends to in a few images. It goes with the checkpoint, and in the end to emergence.png."""
+    if run.main and isinstance(backbone, ViT) and step & (step - 1) == 0:
+        run.attention[step] = [attend(backbone, image) for image in some_images(images)]
+
+
+def finish(run, teacher, images, step):
     """Draws the pictures and says where everything is."""
     if not run.main:
         return
-    output, lines = run.args.output, run.lines()
+    output, lines, pictures = run.args.output, run.lines(), ["curves.png"]
     draw_curves(lines, output / "curves.png", run.args.out_dim)
     if isinstance(teacher.backbone, ViT):
-        views = Views(images, lambda image, rng: (image,))  # the first readable ones
-        draw_attention(teacher.backbone, [views[0, i][0] for i in range(min(5, len(images)))], output / "attention.png")
+        pictures += ["attention.png", "emergence.png"]
+        few = some_images(images)
+        draw_attention(teacher.backbone, few, output / "attention.png")
+        draw_emergence(few, run.attention | {step: [attend(teacher.backbone, image) for image in few]}, output / "emergence.png")
     run.say(f"done in {minutes(time.monotonic() - run.start)}")
-    for name in ("last.pth", "curves.png", "attention.png")[: 2 + isinstance(teacher.backbone, ViT)]:
+    for name in ("last.pth", *pictures):
         run.say(f"  {output / name}")
     knn = [line["knn"] for line in lines if "knn" in line]
     if len(knn) > 1:

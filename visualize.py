@@ -1,132 +1,286 @@
-"""Pictures: the class token's attention (Figures 1, 3 and 4) and a run's curves.
+"""Pictures: the class token's attention (Figures 1, 3 and 4), how it emerges, and a run's curves (Figures 6 and 7).
 
-    python visualize.py ckpt.pth img.jpg [more images or folders ...]
+    python visualize.py ckpt.pth img.jpg [more images or folders ...]      img_attention.png: the image, each head's map, their mean, and its mask
+    python visualize.py ckpt.pth film.gif                                  film_attention.gif: frame, mean and mask side by side; a folder with --fps too
+    python visualize.py runs/laptop                                        curves.png, from the run's log
 
-For each image: the image, the mean attention of the last block's heads and, for each head, its map over the image and the smallest set of patches that
-holds 60 % of its mass. An image is resized so that its short side is 480 / 224 of what the network was trained at, and cropped to whole patches.
+Images are uint8 [3, h, w], maps [heads, rows, columns] of patches. An image is resized so that its short side is 480 / 224 of what the network was trained at
+(480 for the paper's), and its last patches are filled up with the edge's pixels: unlike the reference code's crop, that distorts and loses nothing.
 """
 
 import argparse
+import json
 import math
 import sys
+from itertools import chain
 from pathlib import Path
 
+import matplotlib
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from matplotlib.figure import Figure
+from PIL import GifImagePlugin, Image, ImageSequence
 
 from augment import normalize, resize
-from data import Folder, read_image
-from run import command
+from data import Folder, read_image, to_tensor
+from run import command, read_log, say, status, write_whole
 from vit import ViT, describe, load_backbone, usable_device
+
+BLUE, ORANGE = "#0072b2", "#d55e00"  # two that the colour-blind tell apart
+COLORS = torch.tensor(matplotlib.colormaps["inferno"](range(256)))[:, :3].float()  # perceptually uniform
 
 
 @torch.inference_mode()
 def attention_maps(backbone, images):
-    """[b, 3, h, w] normalised -> [b, heads, h / patch, w / patch]: what the class token attends to in the last block (rows sum to less than 1)."""
+    """[b, 3, h, w] normalised -> [b, heads, h / patch, w / patch]: what the class token attends to in the last block (each map sums to less than 1)."""
     rows = images.shape[2] // backbone.patch
-    return rearrange(backbone.attention(images)[:, :, 0, 1:], "b heads (h w) -> b heads h w", h=rows)
+    return rearrange(backbone.attention(images, rows=1)[:, :, 0, 1:], "b heads (h w) -> b heads h w", h=rows)
 
 
 def keep_mass(maps, mass=0.6):
     """[..., h, w] -> bool: the fewest patches that hold the given share of each map's sum (Figure 4)."""
-    flat = rearrange(maps, "... h w -> ... (h w)")
+    flat = rearrange(maps, "... h w -> ... (h w)").double()
     value, order = flat.sort(-1, descending=True)
     before = value.cumsum(-1) - value
     kept = before < mass * value.sum(-1, keepdim=True)
     return rearrange(torch.zeros_like(kept).scatter(-1, order, kept), "... (h w) -> ... h w", h=maps.shape[-2])
 
 
-def fit(image, short, patch):
-    """uint8 [3, h, w] -> the short side near short, each side cropped to a multiple of patch."""
-    h, w = image.shape[1:]
-    image = resize(image, *(max(patch, round(side * short / min(h, w))) for side in (h, w)))
-    h, w = (side // patch * patch for side in image.shape[1:])
-    return image[:, :h, :w]
+def attend(backbone, image, short=None):
+    """uint8 [3, h, w] -> (maps [heads, rows, columns], (y, x) the share of their grid that the image covers; the rest fills up the last patches).
 
-
-def draw_attention(backbone, images, path, short=None, mass=0.6, titles=None):
-    """Writes a picture with one row of panels an image: the image, the mean map, and each head's map with its mask outlined.
-
-    images: uint8 [3, h, w] each. short: the short side in pixels they are resized to.
+    short: the short side in pixels, of any size. ValueError: more patches than fit into memory.
     """
-    short = short or max(backbone.patch, backbone.image_size * 480 // 224 // backbone.patch * backbone.patch)
-    heads = backbone.blocks[-1].attn.heads
-    figure = Figure(figsize=(2 * (heads + 2), 2.2 * len(images)), layout="constrained")
-    axes = figure.subplots(len(images), heads + 2, squeeze=False)
-    device = backbone.cls_token.device
-    for row, (image, panels) in enumerate(zip(images, axes)):
-        image = fit(image, short, backbone.patch)
-        maps = attention_maps(backbone, normalize(image[None].to(device).float() / 255))[0].cpu()
-        pixels = rearrange(image, "c h w -> h w c").numpy()
-        for axis in panels:
-            axis.imshow(pixels)
+    patch, short = backbone.patch, short or max(backbone.patch, backbone.image_size * 480 // 224 // backbone.patch * backbone.patch)
+    h, w = (max(1, round(side * short / min(image.shape[1:]))) for side in image.shape[1:])
+    if h * w > 2**16 * patch**2:
+        raise ValueError(f"an image of {image.shape[2]} x {image.shape[1]} with its short side at {short} has more than {2**16} patches: lower --size")
+    x = normalize(resize(image, h, w)[None].to(backbone.cls_token.device).float() / 255)
+    down, right = -h % patch, -w % patch
+    return attention_maps(backbone, F.pad(x, (0, right, 0, down), mode="replicate"))[0].cpu(), (h / (h + down), w / (w + right))
+
+
+def upsample(maps, covered, height, width, smooth=False):
+    """[c, rows, columns] -> [c, height, width]: the part of the grid that the image covers, at any size; a patch is one block, or smooth."""
+    y, x = covered
+    grid = F.affine_grid(torch.tensor([[[x, 0, x - 1], [0, y, y - 1]]]), (1, 1, height, width), align_corners=False)
+    return F.grid_sample(maps[None].float(), grid, "bilinear" if smooth else "nearest", "border", align_corners=False)[0]
+
+
+def outline(pixels, mask):
+    """[h, w, 3] in [0, 1] -> uint8, with a white line around the mask [h, w], a hundredth of the short side wide."""
+    wide = max(1, round(min(mask.shape) / 100))
+    edge = F.max_pool2d(F.max_pool2d(mask[None].float(), (2 * wide + 1, 1), 1, (wide, 0)), (1, 2 * wide + 1), 1, (0, wide))[0] > mask
+    return (255 * torch.where(edge[..., None], 1.0, pixels)).byte()
+
+
+def overlay(image, heat):
+    """A map [h, w] in colours, from 0 to its largest value, over the grey image [3, h, w] -> [h, w, 3] in [0, 1]."""
+    gray = image.float().mean(0)[..., None] / 255
+    return 0.3 * gray + 0.7 * COLORS[(255 * heat / heat.max().clamp_min(1e-12)).long()]
+
+
+def panels(image, maps, covered, mass=0.6, smooth=False):
+    """{title: uint8 [h, w, 3]}, each of the image's size: the image, each head's map and their mean with its mask outlined, the image under the mean's mask."""
+    titles = [*(f"head {i + 1}" for i in range(len(maps))), "mean of heads"]
+    maps = torch.cat([maps, maps.mean(0, keepdim=True)])
+    masks = upsample(keep_mass(maps, mass), covered, *image.shape[1:], smooth) > 0.5
+    pixels = rearrange(image, "c h w -> h w c")
+    heats = upsample(maps, covered, *image.shape[1:], smooth)
+    drawn = {title: outline(overlay(image, heat), mask) for title, heat, mask in zip(titles, heats, masks)}
+    return {"image": pixels} | drawn | {"mask": outline(pixels / 255 * torch.where(masks[-1][..., None], 1, 0.25), masks[-1])}
+
+
+def shown(image, side=320):
+    """The image as a figure shows it: the long side at so many pixels."""
+    return resize(image, *(max(1, round(length * side / max(image.shape[1:]))) for length in image.shape[1:]))
+
+
+def draw_panels(rows, path, note):
+    """Rows of {title: uint8 [h, w, 3]} -> a PNG; a row with more than nine panels takes several lines."""
+    lines = math.ceil(len(rows[0]) / 9)
+    columns = math.ceil(len(rows[0]) / lines)
+    ratios = [min(4, max(0.2, pixels.shape[0] / pixels.shape[1])) for row in rows for pixels in [next(iter(row.values()))] * lines]
+    figure = Figure(figsize=(1.45 * columns, sum(1.45 * ratio + 0.25 for ratio in ratios) + 0.25), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    axes = rearrange(figure.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios), "(rows lines) columns -> rows (lines columns)", lines=lines)
+    for row, places in zip(rows, axes):
+        for axis in places:
             axis.axis("off")
-        panels[0].set_title(titles[row] if titles else "image", fontsize=8)
-        for axis, name, one in zip(panels[1:], ["mean", *(f"head {i}" for i in range(heads))], [maps.mean(0), *maps]):
-            big = F.interpolate(one[None, None], image.shape[1:], mode="nearest")[0, 0].numpy()
-            axis.imshow(big, cmap="inferno", alpha=0.8 if name != "mean" else 1)
-            axis.set_title(name, fontsize=8)
-            if name != "mean":
-                mask = F.interpolate(keep_mass(one, mass)[None, None].float(), image.shape[1:], mode="nearest")[0, 0].numpy()
-                axis.contour(mask, levels=[0.5], colors="white", linewidths=0.6)
-    figure.savefig(path, dpi=110)
+        for axis, (title, pixels) in zip(places, row.items()):
+            axis.imshow(pixels)
+            axis.set_title(title, fontsize=8, pad=3)
+    figure.supxlabel(note, fontsize=8)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def draw_attention(backbone, images, path, sizes=(None,), mass=0.6, smooth=False):
+    """A PNG with a row of panels() for each uint8 image [3, h, w] and each short side it is seen at."""
+    rows = []
+    for image in images:
+        for short in sizes:
+            row = panels(shown(image), *attend(backbone, image, short), mass, smooth)
+            rows.append({f"image, seen at {short} pixels" if len(sizes) > 1 and title == "image" else title: pixels for title, pixels in row.items()})
+    note = f"attention of the class token, dark to bright: from 0 to each map's largest; outlined: the fewest patches with {100 * mass:g} % of it"
+    draw_panels(rows, path, note)
+
+
+def draw_emergence(images, kept, path):
+    """A film strip, kept {step: what attend() gave for each image}: the mean map before training, at up to six steps on the way, and at the end."""
+    steps = sorted(kept)
+    steps = steps[:1] + steps[1:][-7:]
+    rows = []
+    for i, image in enumerate(map(shown, images)):
+        row = {"image": rearrange(image, "c h w -> h w c")}
+        for step in steps:
+            maps, covered = kept[step][i]
+            row[f"step {step}" if step else "before training"] = overlay(image, upsample(maps.mean(0, keepdim=True), covered, *image.shape[1:])[0])
+        rows.append(row)
+    draw_panels(rows, path, "attention of the class token, mean of the heads, dark to bright: from 0 to each map's largest")
 
 
 def draw_curves(lines, path, out_dim):
-    """The lines of a run's log -> a picture: the loss, the entropies that tell collapse (Figure 7), the k-NN accuracy, and the learning rate."""
+    """The lines of a run's log -> a PNG: loss, collapse watch against its levels (Figure 7), k-NN of teacher and student (Figure 6), schedules."""
     steps, tests = [line for line in lines if "loss" in line], [line for line in lines if "knn" in line]
-    figure = Figure(figsize=(12, 3), layout="constrained")
-    loss, entropy, knn, rate = figure.subplots(1, 4)
-    curves = {"loss": (loss, "loss"), "entropy": (entropy, "entropy of P_t"), "mean_entropy": (entropy, "entropy of its mean"), "kl": (entropy, "KL(P_t, P_s)")}
-    for name, (axis, label) in (curves | {"lr": (rate, "learning rate")}).items():
-        axis.plot([line["epoch"] for line in steps], [line[name] for line in steps], label=label, linewidth=1)
-    for axis in (loss, entropy):
-        axis.axhline(math.log(out_dim), color="gray", linestyle=":", label="ln K")
-    knn.plot([line["epoch"] for line in tests], [line["knn"] for line in tests], marker=".")
-    for axis, title in ((loss, "loss"), (entropy, "collapse watch, nats"), (knn, "k-NN top-1, %"), (rate, "learning rate")):
-        axis.set(title=title, xlabel="epoch")
-    loss.legend()
-    entropy.legend()
-    figure.savefig(path, dpi=110)
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes = figure.subplots(2, 4)
+    titles = {"loss": "loss", "entropy": "entropy of the teacher, nats", "kl": "KL(teacher, student), nats", "knn": "k-NN top-1, %",
+              "lr": "learning rate", "weight_decay": "weight decay", "momentum": "momentum of the teacher", "teacher_temp": "temperature of the teacher"}  # fmt: skip
+    for axis, (name, title) in zip(axes.flat, titles.items()):
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        if name != "knn":
+            axis.plot([line["epoch"] for line in steps], [line[name] for line in steps], color=BLUE, linewidth=1)
+    loss, entropy, kl, knn = axes[0]
+    entropy.plot([line["epoch"] for line in steps], [line["mean_entropy"] for line in steps], color=ORANGE, linewidth=1)
+    for axis, level, text in ((loss, math.log(out_dim), "ln K"), (entropy, math.log(out_dim), "ln K"), (entropy, 0, "0"), (kl, 0, "0")):
+        axis.axhline(level, color="gray", linestyle=":", linewidth=1)
+    for name, color, label in (("knn", BLUE, "teacher"), ("knn_student", ORANGE, "student")):
+        knn.plot([line["epoch"] for line in tests], [line.get(name, math.nan) for line in tests], color=color, marker=".", linewidth=1, label=label)
+    knn.set_visible(bool(tests))
+    figure.supxlabel("epoch", fontsize=9)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def stills(source):
+    """(path, uint8 [3, h, w]) of an image file, or of each below a folder, 2.png before 10.png; what cannot be read there is named and left out.
+
+    ValueError: no images there, or the file cannot be read.
+    """
+    whole = source.is_dir()
+    for path in [source / name for name in sorted(Folder(source).paths, key=lambda name: (len(name), name))] if whole else [source]:
+        try:
+            image = read_image(path)
+        except Exception as error:  # whatever a decoder may raise
+            if not whole:
+                raise ValueError(f"cannot read {str(path)!r}: {error}") from None
+            say(f"cannot read {str(path)!r}: left out", sys.stderr)
+            continue
+        yield path, image
+
+
+def frames(source, fps):
+    """(uint8 [3, h, w], milliseconds) of a folder of frames or of an animated file, one at a time. A file that is cut short ends where it is cut."""
+    if source.is_dir():
+        yield from ((image, 1000 / fps) for _, image in stills(source))
+        return
+    with Image.open(source) as film:
+        try:
+            for frame in ImageSequence.Iterator(film):
+                yield to_tensor(frame.copy()), frame.info.get("duration") or 100
+        except (OSError, SyntaxError) as error:
+            say(f"cannot read all of {str(source)!r}: {error}", sys.stderr)
+
+
+def is_film(path):
+    """Whether a file is an animated GIF or WebP."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.format in ("GIF", "WEBP") and image.is_animated
+    except Exception:  # whatever a decoder may raise; reading it as a still says what
+        return False
+
+
+def side_by_side(backbone, frames, short=None, mass=0.6, smooth=False):
+    """(PIL image, milliseconds) of each frame, with its mean map and its mask beside it; all of the first frame's size."""
+    size = None
+    for i, (image, duration) in enumerate(frames):
+        size = size or image.shape[1:]
+        image = resize(image, *size)
+        drawn = panels(image, *attend(backbone, image, short), mass, smooth)
+        yield Image.fromarray(torch.cat([drawn[title] for title in ("image", "mean of heads", "mask")], 1).numpy()), duration
+        status(f"frame {i + 1}")
+
+
+def write_gif(pictures, path):
+    """(PIL image, milliseconds) one at a time -> a GIF that repeats. One picture is held: Pillow's save_all would gather them all. ValueError: there is none."""
+    first = next(pictures, None)
+    if first is None:
+        raise ValueError(f"no frames for {str(path)!r}: none could be read")
+
+    def write(file):
+        for i, (picture, duration) in enumerate(chain([first], pictures)):
+            picture = picture.quantize()
+            if i == 0:
+                file.writelines(GifImagePlugin.getheader(picture, info={"loop": 0})[0])
+            file.writelines(GifImagePlugin.getdata(picture, duration=round(duration, -1), include_color_table=True))
+        file.write(b";")
+
+    write_whole(path, write)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint, or the name of released weights: dino_vits16, dino_vits8, dino_vitb16, dino_vitb8")
-    parser.add_argument("images", nargs="+", help="image files or folders of images")
+    parser.add_argument("checkpoint", help="a checkpoint, dino_vits16, dino_vits8, dino_vitb16 or dino_vitb8 (released weights), or a run's folder for its curves")
+    parser.add_argument("images", nargs="*", type=Path, help="images, folders of images, animated GIFs or WebPs")
     parser.add_argument("--network", choices=("teacher", "student"), default="teacher", help="which of a checkpoint's two networks")
-    parser.add_argument("--size", type=int, help="short side in pixels (default: 480/224 of the training size, 480 for the paper's)")
+    parser.add_argument("--size", type=int, nargs="+", default=[None], help="short side in pixels, or several (default: 480/224 of the training size, 480 for the paper's)")
     parser.add_argument("--mass", type=float, default=0.6, help="share of the attention inside the outlines (the paper's: 0.6)")
+    parser.add_argument("--smooth", action="store_true", help="interpolate between patches (default: a block for each)")
+    parser.add_argument("--panels", action="store_true", help="also write each panel of the figure alone, at the image's own size")
+    parser.add_argument("--fps", type=float, help="take a folder as the frames of a film, so many a second")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("."), help="folder for the pictures, one NAME_attention.png an image")
+    parser.add_argument("--output", type=Path, help="folder for the pictures (default: beside the image; of a folder, in FOLDER_attention)")
     return parser.parse_args(argv)
 
 
 def main(args):
-    if not 0 < args.mass <= 1 or (args.size is not None and args.size < 1):
-        raise ValueError(f"--mass {args.mass} must lie in (0, 1] and --size {args.size} be positive")
+    log = Path(args.checkpoint, "log.jsonl")
+    if log.is_file():
+        out = (args.output or log.parent) / "curves.png"
+        draw_curves(read_log(log), out, json.loads(log.with_name("config.json").read_text())["out_dim"])
+        return print(f"{log} -> {out}")
+    if not args.images:
+        raise ValueError("no images given: name some, or folders of them, after the checkpoint")
+    if not 0 < args.mass <= 1 or any(size is not None and size < 1 for size in args.size) or (args.fps is not None and not 0 < args.fps <= 100):
+        raise ValueError(f"--mass {args.mass:g} must lie in (0, 1], --size {' '.join(map(str, args.size))} be positive, --fps {args.fps} lie in (0, 100]")
     backbone, _ = load_backbone(args.checkpoint, args.network)
     if not isinstance(backbone, ViT):
         raise ValueError(f"{args.checkpoint} is a {describe(backbone)}: a convnet has no attention to draw")
-    print(f"{args.checkpoint}: {describe(backbone)}")
     backbone.to(usable_device(args.device))
+    say(f"{args.checkpoint}: {describe(backbone)}")
+    written = set()
     for source in args.images:
-        whole = Path(source).is_dir()
-        for name in Folder(source).paths if whole else [Path(source).name]:
-            path = Path(source, name) if whole else Path(source)
-            try:
-                image = read_image(path)
-            except Exception as error:  # whatever a decoder may raise
-                if not whole:
-                    raise ValueError(f"cannot read {str(path)!r}: {error}") from None
-                print(f"cannot read {path}: left out", file=sys.stderr)
-                continue
-            out = (args.output / name).with_name(f"{path.stem}_attention.png")
+        film = is_film(source) or (args.fps and source.is_dir())
+        for path, image in [(source, None)] if film else stills(source):
+            folder = args.output or (source.parent if path == source else Path(f"{source.resolve()}_attention"))
+            out = folder / path.relative_to(source).parent / f"{path.stem}_attention{'.gif' if film else '.png'}"
+            while out in written:  # a.png and a.jpg
+                out = out.with_stem(f"{out.stem}_")
+            written.add(out)
             out.parent.mkdir(parents=True, exist_ok=True)
-            draw_attention(backbone, [image], out, args.size, args.mass, [path.name])
-            print(f"{path} -> {out}")
+            if film:
+                write_gif(side_by_side(backbone, frames(source, args.fps), args.size[0], args.mass, args.smooth), out)
+            else:
+                draw_attention(backbone, [image], out, args.size, args.mass, args.smooth)
+            for title, pixels in panels(image, *attend(backbone, image, args.size[0]), args.mass, args.smooth).items() if args.panels and not film else ():
+                Image.fromarray(pixels.numpy()).save(out.with_stem(f"{out.stem}_{title.replace(' ', '_')}"))
+            say(f"{path} -> {out}")
+    if not written:
+        raise ValueError("none of the images can be read")
 
 
 if __name__ == "__main__":

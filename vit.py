@@ -64,10 +64,10 @@ class Attention(nn.Module):
         q, k, v = self.split(x)
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)"))
 
-    def weights(self, x):
-        """softmax(q k^T / sqrt(d)), [b, heads, n, n]: computed only where somebody wants to look at it."""
+    def weights(self, x, rows=None):
+        """softmax(q k^T / sqrt(d)), [b, heads, n, n], or its first rows alone: computed only where somebody wants to look at it."""
         q, k, _ = self.split(x)
-        return (q @ rearrange(k, "b heads n d -> b heads d n") * q.shape[-1] ** -0.5).softmax(-1)
+        return (q[:, :, :rows] @ rearrange(k, "b heads n d -> b heads d n") * q.shape[-1] ** -0.5).softmax(-1)
 
 
 class Mlp(nn.Module):
@@ -154,12 +154,12 @@ class ViT(nn.Module):
     def forward(self, images):
         return self.tokens(images)[-1][:, 0]
 
-    def attention(self, images):
-        """[b, heads, 1 + n, 1 + n]: the last block's attention. Row 0 is the class token's, which Figures 1 and 4 show."""
+    def attention(self, images, rows=None):
+        """[b, heads, 1 + n, 1 + n]: the last block's attention, or its first rows alone. Row 0 is the class token's, which Figures 1 and 4 show."""
         x = self.embed(images)
         for block in self.blocks[:-1]:
             x = block(x)
-        return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x))
+        return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x), rows)
 
 
 def init_weights(module):

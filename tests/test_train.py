@@ -19,7 +19,7 @@ from vit import build_backbone
 
 def run(*flags):
     args = train.parse_args([*TINY, *map(str, flags)])
-    with mock.patch.multiple(train, draw_attention=mock.DEFAULT, draw_curves=mock.DEFAULT):  # tested in test_commands.py
+    with mock.patch.multiple(train, draw_attention=mock.DEFAULT, draw_curves=mock.DEFAULT, draw_emergence=mock.DEFAULT):  # see test_visualize.py
         train.main(args)
     return torch.load(args.output / "last.pth", weights_only=True)
 
