@@ -27,8 +27,9 @@ from data import Folder, read_image, to_tensor
 from run import command, read_log, say, status, write_whole
 from vit import ViT, describe, load_backbone, usable_device
 
-BLUE, ORANGE = "#0072b2", "#d55e00"  # two that the colour-blind tell apart
-COLORS = torch.tensor(matplotlib.colormaps["inferno"](range(256)))[:, :3].float()  # perceptually uniform
+BLUE, ORANGE, OUTLINE = "#0072b2", "#d55e00", torch.tensor([86, 180, 233], dtype=torch.uint8)  # the colour-blind tell them apart
+COLORS = torch.tensor(matplotlib.colormaps["inferno"](range(256)))[:, :3].float() * 255  # perceptually uniform
+NOTE = "attention of the class token in the last block, dark to bright: from 0 to the largest value of each map"
 
 
 @torch.inference_mode()
@@ -68,28 +69,27 @@ def upsample(maps, covered, height, width, smooth=False):
     return F.grid_sample(maps[None].float(), grid, "bilinear" if smooth else "nearest", "border", align_corners=False)[0]
 
 
-def outline(pixels, mask):
-    """[h, w, 3] in [0, 1] -> uint8, with a white line around the mask [h, w], a hundredth of the short side wide."""
-    wide = max(1, round(min(mask.shape) / 100))
-    edge = F.max_pool2d(F.max_pool2d(mask[None].float(), (2 * wide + 1, 1), 1, (wide, 0)), (1, 2 * wide + 1), 1, (0, wide))[0] > mask
-    return (255 * torch.where(edge[..., None], 1.0, pixels)).byte()
-
-
 def overlay(image, heat):
-    """A map [h, w] in colours, from 0 to its largest value, over the grey image [3, h, w] -> [h, w, 3] in [0, 1]."""
-    gray = image.float().mean(0)[..., None] / 255
-    return 0.3 * gray + 0.7 * COLORS[(255 * heat / heat.max().clamp_min(1e-12)).long()]
+    """A map [h, w] in colours, from 0 to its largest value, over the grey image, uint8 [3, h, w] -> uint8 [h, w, 3]."""
+    gray, colors = image.float().mean(0)[..., None], COLORS[(255 * heat / heat.max().clamp_min(1e-12)).long()]
+    return (0.3 * gray + 0.7 * colors).byte()
+
+
+def cut_out(image, mask):
+    """uint8 [3, h, w] -> uint8 [h, w, 3]: dark outside the mask [h, w], with an outline around it, a hundredth of the short side wide."""
+    wide = max(1, round(min(mask.shape) / 100))
+    grown = F.max_pool2d(F.max_pool2d(mask[None].float(), (2 * wide + 1, 1), 1, (wide, 0)), (1, 2 * wide + 1), 1, (0, wide))[0] > 0
+    pixels = rearrange(image, "c h w -> h w c")
+    return torch.where(mask[..., None], pixels, torch.where(grown[..., None], OUTLINE, pixels // 4))
 
 
 def panels(image, maps, covered, mass=0.6, smooth=False):
-    """{title: uint8 [h, w, 3]}, each of the image's size: the image, each head's map and their mean with its mask outlined, the image under the mean's mask."""
+    """{title: uint8 [h, w, 3]}, each of the image's size: the image, each head's map over it, their mean, and the patches that hold most of the mean."""
+    mean, size = maps.mean(0, keepdim=True), image.shape[1:]
     titles = [*(f"head {i + 1}" for i in range(len(maps))), "mean of heads"]
-    maps = torch.cat([maps, maps.mean(0, keepdim=True)])
-    masks = upsample(keep_mass(maps, mass), covered, *image.shape[1:], smooth) > 0.5
-    pixels = rearrange(image, "c h w -> h w c")
-    heats = upsample(maps, covered, *image.shape[1:], smooth)
-    drawn = {title: outline(overlay(image, heat), mask) for title, heat, mask in zip(titles, heats, masks)}
-    return {"image": pixels} | drawn | {"mask": outline(pixels / 255 * torch.where(masks[-1][..., None], 1, 0.25), masks[-1])}
+    heats = {title: overlay(image, heat) for title, heat in zip(titles, upsample(torch.cat([maps, mean]), covered, *size, smooth))}
+    mask = upsample(keep_mass(mean, mass), covered, *size, smooth)[0] > 0.5
+    return {"image": rearrange(image, "c h w -> h w c")} | heats | {"mask": cut_out(image, mask)}
 
 
 def shown(image, side=320):
@@ -112,56 +112,58 @@ def draw_panels(rows, path, note):
             axis.imshow(pixels)
             axis.set_title(title, fontsize=8, pad=3)
     figure.supxlabel(note, fontsize=8)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 def draw_attention(backbone, images, path, sizes=(None,), mass=0.6, smooth=False):
-    """A PNG with a row of panels() for each uint8 image [3, h, w] and each short side it is seen at."""
+    """A PNG with a row of panels for each uint8 image [3, h, w] and each short side, in pixels, at which the network sees it."""
     rows = []
     for image in images:
         for short in sizes:
             row = panels(shown(image), *attend(backbone, image, short), mass, smooth)
-            rows.append({f"image, seen at {short} pixels" if len(sizes) > 1 and title == "image" else title: pixels for title, pixels in row.items()})
-    note = f"attention of the class token, dark to bright: from 0 to each map's largest; outlined: the fewest patches with {100 * mass:g} % of it"
-    draw_panels(rows, path, note)
+            rows.append({f"seen at {short} pixels": row.pop("image"), **row} if len(sizes) > 1 else row)
+    draw_panels(rows, path, f"{NOTE}; mask: the fewest patches with {100 * mass:g} % of the mean")
 
 
 def draw_emergence(images, kept, path):
-    """A film strip, kept {step: what attend() gave for each image}: the mean map before training, at up to six steps on the way, and at the end."""
-    steps = sorted(kept)
-    steps = steps[:1] + steps[1:][-7:]
-    rows = []
+    """A film strip of the heads' mean. kept: {step: what attend() gave for each of the images}; the first step and the last seven are drawn."""
+    rows, steps = [], sorted(kept)
     for i, image in enumerate(map(shown, images)):
         row = {"image": rearrange(image, "c h w -> h w c")}
-        for step in steps:
+        for step in steps[:1] + steps[1:][-7:]:
             maps, covered = kept[step][i]
-            row[f"step {step}" if step else "before training"] = overlay(image, upsample(maps.mean(0, keepdim=True), covered, *image.shape[1:])[0])
+            heat = upsample(maps.mean(0, keepdim=True), covered, *image.shape[1:])[0]
+            row[f"step {step}" if step else "before training"] = overlay(image, heat)
         rows.append(row)
-    draw_panels(rows, path, "attention of the class token, mean of the heads, dark to bright: from 0 to each map's largest")
+    draw_panels(rows, path, f"{NOTE}; mean of the heads")
 
 
 def draw_curves(lines, path, out_dim):
-    """The lines of a run's log -> a PNG: loss, collapse watch against its levels (Figure 7), k-NN of teacher and student (Figure 6), schedules."""
-    steps, tests = [line for line in lines if "loss" in line], [line for line in lines if "knn" in line]
+    """The lines of a run's log -> a PNG: loss, collapse watch (Figure 7), k-NN of teacher and student (Figure 6), schedules."""
+    steps, tests, full = [line for line in lines if "loss" in line], [line for line in lines if "knn" in line], math.log(out_dim)
+    plots = (  # title, the log's names and what they are, levels
+        ("loss", {"loss": None}, {"ln K": full}),
+        ("entropy of the teacher, nats", {"entropy": "each output's", "mean_entropy": "their mean's"}, {"ln K: uniform": full, "0: one dimension": 0}),
+        ("KL(teacher, student), nats", {"kl": None}, {"0: collapse": 0}),
+        ("k-NN top-1, %", {"knn": "teacher", "knn_student": "student"}, {}),
+        ("learning rate", {"lr": None}, {}), ("weight decay", {"weight_decay": None}, {}),
+        ("momentum of the teacher", {"momentum": None}, {}), ("temperature of the teacher", {"teacher_temp": None}, {}),
+    )  # fmt: skip
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    axes = figure.subplots(2, 4)
-    titles = {"loss": "loss", "entropy": "entropy of the teacher, nats", "kl": "KL(teacher, student), nats", "knn": "k-NN top-1, %",
-              "lr": "learning rate", "weight_decay": "weight decay", "momentum": "momentum of the teacher", "teacher_temp": "temperature of the teacher"}  # fmt: skip
-    for axis, (name, title) in zip(axes.flat, titles.items()):
+    for axis, (title, curves, levels) in zip(figure.subplots(2, 4).flat, plots):
+        for (name, label), color in zip(curves.items(), (BLUE, ORANGE)):
+            known = [line for line in (tests if "knn" in curves else steps) if name in line]
+            axis.plot([line["epoch"] for line in known], [line[name] for line in known], color=color, label=label, marker="." if len(known) < 20 else None)
+        for label, level in levels.items():
+            axis.axhline(level, color="gray", linestyle=":")
+            axis.text(1, level, label, transform=axis.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+        if len(curves) > 1:
+            axis.legend(frameon=False, fontsize=8)
         axis.set_title(title, fontsize=10)
-        axis.tick_params(labelsize=8)
+        axis.ticklabel_format(useOffset=False)
         axis.spines[["top", "right"]].set_visible(False)
-        if name != "knn":
-            axis.plot([line["epoch"] for line in steps], [line[name] for line in steps], color=BLUE, linewidth=1)
-    loss, entropy, kl, knn = axes[0]
-    entropy.plot([line["epoch"] for line in steps], [line["mean_entropy"] for line in steps], color=ORANGE, linewidth=1)
-    for axis, level, text in ((loss, math.log(out_dim), "ln K"), (entropy, math.log(out_dim), "ln K"), (entropy, 0, "0"), (kl, 0, "0")):
-        axis.axhline(level, color="gray", linestyle=":", linewidth=1)
-    for name, color, label in (("knn", BLUE, "teacher"), ("knn_student", ORANGE, "student")):
-        knn.plot([line["epoch"] for line in tests], [line.get(name, math.nan) for line in tests], color=color, marker=".", linewidth=1, label=label)
-    knn.set_visible(bool(tests))
-    figure.supxlabel("epoch", fontsize=9)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    figure.supxlabel("epoch", fontsize=10)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 def stills(source):
@@ -205,13 +207,13 @@ def is_film(path):
 
 
 def side_by_side(backbone, frames, short=None, mass=0.6, smooth=False):
-    """(PIL image, milliseconds) of each frame, with its mean map and its mask beside it; all of the first frame's size."""
+    """(PIL image, milliseconds) of each frame, its mean map and the mask beside it; all of the first frame's size."""
     size = None
     for i, (image, duration) in enumerate(frames):
         size = size or image.shape[1:]
         image = resize(image, *size)
-        drawn = panels(image, *attend(backbone, image, short), mass, smooth)
-        yield Image.fromarray(torch.cat([drawn[title] for title in ("image", "mean of heads", "mask")], 1).numpy()), duration
+        frame, *_, mean, mask = panels(image, *attend(backbone, image, short), mass, smooth).values()
+        yield Image.fromarray(torch.cat([frame, mean, mask], 1).numpy()), duration
         status(f"frame {i + 1}")
 
 
