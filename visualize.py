@@ -105,11 +105,11 @@ def draw_panels(rows, path, note):
     figure = Figure(figsize=(1.45 * columns, sum(1.45 * ratio + 0.25 for ratio in ratios) + 0.25), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     axes = rearrange(figure.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios), "(rows lines) columns -> rows (lines columns)", lines=lines)
+    for axis in axes.flat:
+        axis.axis("off")
     for row, places in zip(rows, axes):
-        for axis in places:
-            axis.axis("off")
         for axis, (title, pixels) in zip(places, row.items()):
-            axis.imshow(pixels)
+            axis.imshow(pixels.numpy())
             axis.set_title(title, fontsize=8, pad=3)
     figure.supxlabel(note, fontsize=8)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
@@ -140,7 +140,7 @@ def draw_emergence(images, kept, path):
 
 def draw_curves(lines, path, out_dim):
     """The lines of a run's log -> a PNG: loss, collapse watch (Figure 7), k-NN of teacher and student (Figure 6), schedules."""
-    steps, tests, full = [line for line in lines if "loss" in line], [line for line in lines if "knn" in line], math.log(out_dim)
+    full = math.log(out_dim)
     plots = (  # title, the log's names and what they are, levels
         ("loss", {"loss": None}, {"ln K": full}),
         ("entropy of the teacher, nats", {"entropy": "each output's", "mean_entropy": "their mean's"}, {"ln K: uniform": full, "0: one dimension": 0}),
@@ -152,13 +152,14 @@ def draw_curves(lines, path, out_dim):
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for axis, (title, curves, levels) in zip(figure.subplots(2, 4).flat, plots):
         for (name, label), color in zip(curves.items(), (BLUE, ORANGE)):
-            known = [line for line in (tests if "knn" in curves else steps) if name in line]
+            known = [line for line in lines if name in line]
             axis.plot([line["epoch"] for line in known], [line[name] for line in known], color=color, label=label, marker="." if len(known) < 20 else None)
         for label, level in levels.items():
             axis.axhline(level, color="gray", linestyle=":")
             axis.text(1, level, label, transform=axis.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
         if len(curves) > 1:
             axis.legend(frameon=False, fontsize=8)
+        axis.margins(y=0.15)
         axis.set_title(title, fontsize=10)
         axis.ticklabel_format(useOffset=False)
         axis.spines[["top", "right"]].set_visible(False)
@@ -192,7 +193,7 @@ def frames(source, fps):
         try:
             for frame in ImageSequence.Iterator(film):
                 yield to_tensor(frame.copy()), frame.info.get("duration") or 100
-        except (OSError, SyntaxError) as error:
+        except Exception as error:  # whatever a decoder may raise
             say(f"cannot read all of {str(source)!r}: {error}", sys.stderr)
 
 
@@ -253,12 +254,13 @@ def main(args):
     log = Path(args.checkpoint, "log.jsonl")
     if log.is_file():
         out = (args.output or log.parent) / "curves.png"
+        out.parent.mkdir(parents=True, exist_ok=True)
         draw_curves(read_log(log), out, json.loads(log.with_name("config.json").read_text())["out_dim"])
-        return print(f"{log} -> {out}")
+        return say(f"{log} -> {out}")
     if not args.images:
         raise ValueError("no images given: name some, or folders of them, after the checkpoint")
     if not 0 < args.mass <= 1 or any(size is not None and size < 1 for size in args.size) or (args.fps is not None and not 0 < args.fps <= 100):
-        raise ValueError(f"--mass {args.mass:g} must lie in (0, 1], --size {' '.join(map(str, args.size))} be positive, --fps {args.fps} lie in (0, 100]")
+        raise ValueError(f"--mass {args.mass} must lie in (0, 1], --size {' '.join(map(str, args.size))} be positive, --fps {args.fps} lie in (0, 100]")
     backbone, _ = load_backbone(args.checkpoint, args.network)
     if not isinstance(backbone, ViT):
         raise ValueError(f"{args.checkpoint} is a {describe(backbone)}: a convnet has no attention to draw")
@@ -278,8 +280,9 @@ def main(args):
                 write_gif(side_by_side(backbone, frames(source, args.fps), args.size[0], args.mass, args.smooth), out)
             else:
                 draw_attention(backbone, [image], out, args.size, args.mass, args.smooth)
-            for title, pixels in panels(image, *attend(backbone, image, args.size[0]), args.mass, args.smooth).items() if args.panels and not film else ():
-                Image.fromarray(pixels.numpy()).save(out.with_stem(f"{out.stem}_{title.replace(' ', '_')}"))
+                alone = panels(image, *attend(backbone, image, args.size[0]), args.mass, args.smooth) if args.panels else {}
+                for title, pixels in alone.items():
+                    Image.fromarray(pixels.numpy()).save(out.with_stem(f"{out.stem}_{title.replace(' ', '_')}"))
             say(f"{path} -> {out}")
     if not written:
         raise ValueError("none of the images can be read")
