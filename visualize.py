@@ -158,8 +158,8 @@ def draw_curves(lines, path, out_dim):
             axis.axhline(level, color="gray", linestyle=":")
             axis.text(1, level, label, transform=axis.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
         if len(curves) > 1:
-            axis.legend(frameon=False, fontsize=8)
-        axis.margins(y=0.15)
+            axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper left", borderaxespad=0, handlelength=1, columnspacing=1)
+        axis.margins(y=0.3 if len(curves) > 1 else 0.15)  # room for the labels
         axis.set_title(title, fontsize=10)
         axis.ticklabel_format(useOffset=False)
         axis.spines[["top", "right"]].set_visible(False)
