@@ -279,6 +279,11 @@ def test_a_film_strip_of_many_steps_keeps_the_first_and_the_last(tmp_path, rows)
     assert list(rows[0][0]) == ["image", "before training", *(f"step {i}" for i in (16, 32, 64, 128, 256, 512, 1000))]
 
 
+def test_a_strip_among_the_watched_images_does_not_end_a_training():
+    few = train.some_images([torch.zeros(3, 1, 90_000, dtype=torch.uint8), torch.zeros(3, 500, 2, dtype=torch.uint8), Shapes()[0]])
+    assert [tuple(image.shape[1:]) for image in few] == [(1, 3), (6, 2), (64, 64)]
+
+
 def test_a_convnet_has_no_attention(tmp_path):
     torch.save(resnet50().state_dict(), tmp_path / "r.pth")
     with pytest.raises(ValueError, match="convnet has no attention"):
