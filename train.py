@@ -239,7 +239,8 @@ def before(args):
 def some_images(images, count=4):
     """A few of the images, spread evenly, the same each time; of a long strip, what is three times as long as wide."""
     views = Views(images, lambda image, rng: (image[:, : 3 * image.shape[2], : 3 * image.shape[1]],))  # the next readable one in a bad one's place
-    return [views[0, i * len(images) // count][0] for i in range(min(count, len(images)))]
+    count = min(count, len(images))
+    return [views[0, i * len(images) // count][0] for i in range(count)]
 
 
 def keep_attention(run, backbone, images, step):
