@@ -95,7 +95,7 @@ class Block(nn.Module):
         if not self.training or self.drop_path == 0:
             return branch
         keep = 1 - self.drop_path
-        return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(keep) / keep
+        return branch * (branch.new_empty(len(branch), 1, 1).bernoulli_(keep) / keep)
 
     def forward(self, x):
         x = x + self.drop(self.attn(self.norm1(x)))
