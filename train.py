@@ -295,7 +295,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0, help="stop after this many steps; changes no schedule (0: at the end)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the student")
-    parser.add_argument("--workers", type=int, default=None, help="processes that load images (default: up to 10 on a GPU, 1 on a CPU)")
+    parser.add_argument("--workers", type=int, default=None, help="processes that load images (default: up to 10 on a GPU; on a CPU 1, or 0 where there are only two cores)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME, from architecture and data)")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds another run")
@@ -310,7 +310,8 @@ def parse_args(argv=None):
     args.global_scale, args.local_scale = list(args.global_scale), list(args.local_scale)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.workers is None:
-        args.workers = min(10, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.device.startswith("cuda") else 1
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = min(10, cores) if args.device.startswith("cuda") else int(cores > 2)  # on two cores a loader's process and the model's threads wait for one another
     if args.output is None:
         data = Path(args.data).absolute() if os.path.isdir(args.data) else Path(args.data)
         parts = [f"{args.arch}_{args.patch}" if paper else "laptop", data.parent.name if data.name == "train" else data.name]
