@@ -132,7 +132,7 @@ class Torchvision:
         return f"image {i}"
 
     def mask(self, i):
-        """VOC2012's objects, uint8 [h, w]: 0 for the background, 1, 2, ... for the objects, 255 where the ground truth leaves it open. None: another data set."""
+        """VOC2012's objects, uint8 [h, w]: 0 for the background, 1, 2, ... for the objects, 255 for what is left open. None: another data set."""
         if not hasattr(self.data, "masks"):
             return None
         with Image.open(self.data.masks[i].replace("SegmentationClass", "SegmentationObject")) as objects:

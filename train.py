@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader
 
 from augment import MultiCrop, views
 from data import Batches, Views, load
-from evaluate import features, knn_of
+from evaluate import knn_of
+from features import features
 from head import DINOHead
 from loss import batch_center, dino_loss, entropies, teacher_temp_at, update_center
 from run import Run, command, in_turn, join, listen, minutes, outlive_signals
