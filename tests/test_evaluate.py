@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -362,6 +363,14 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(checkpoint, mon
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ValueError, match="cannot write to .*: choose another --output"):
         run(capsys, "knn", checkpoint, "--data", "shapes")
+
+
+def test_an_image_that_cannot_be_read_has_no_label_in_training(folder, checkpoint, capsys, monkeypatch):
+    (folder / "train" / "größe" / "torn.png").write_bytes(b"no image")
+    seen = []
+    monkeypatch.setattr(evaluate, "fit_heads", lambda batches, *rest: seen.extend(chain.from_iterable(labels.tolist() for _, labels in batches)) or fit_heads([], *rest))
+    run(capsys, "linear", checkpoint, "--data", folder, "--epochs", 2, "--batch", 13)
+    assert sorted(seen) == [-1] * 2 + [0] * 12 + [1] * 12
 
 
 SEVERAL = """
