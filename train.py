@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -30,11 +31,12 @@ from torch.utils.data import DataLoader
 from augment import MultiCrop, views
 from data import Batches, Views, load
 from evaluate import knn_of
+from features import features
 from head import DINOHead
 from loss import batch_center, dino_loss, entropies, teacher_temp_at, update_center
 from run import Run, command, in_turn, join, listen, minutes, outlive_signals
 from visualize import draw_attention, draw_curves
-from vit import ARCHITECTURES, ViT, build_backbone, describe, load_backbone, usable_device
+from vit import ARCHITECTURES, ViT, amp_dtype, build_backbone, describe, load_backbone
 
 RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
     "patch": (16, 8, "side of a patch in pixels"),
@@ -221,7 +223,8 @@ def train(args, device, rank, world):
 def knn_test(run, teacher, images, val, device, step, epoch):
     """Logs the k-NN accuracy (k = 20) of the teacher so far, on a part of the labelled images."""
     if run.main and images.labels and run.args.knn_every:
-        top1, _ = knn_of(teacher.backbone, images, val, device, workers=run.args.workers, ks=(20,), limits=(run.args.knn_bank, 1000))
+        extract = partial(features, device=device, workers=run.args.workers)  # alone: the other processes wait
+        top1, _ = knn_of(teacher.backbone, images, val, extract, ks=(20,), limits=(run.args.knn_bank, 1000))
         run.log(step=step, epoch=epoch, knn=top1[20])
         run.say(f"epoch {epoch}: k-NN {top1[20]:.1f} %" + (f" ({before(run.args)})" if step == 0 else ""))
 
@@ -265,13 +268,6 @@ def first_backbone(args):
         raise ValueError(f"--init {args.init} is a {describe(loaded)}: --arch {args.arch} --patch {args.patch} must say so")
     backbone.load_state_dict(loaded.state_dict())
     return backbone
-
-
-def amp_dtype(amp, device):
-    """--amp -> the dtype of autocast, or None for float32. auto: bf16 where the GPU has it, else fp16; off on a CPU."""
-    if amp == "auto":
-        amp = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
 def parse_args(argv=None):
@@ -340,13 +336,10 @@ def check(args):
 
 
 def main(args):
-    world, rank, local_rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     check(args)
-    device = usable_device(f"cuda:{local_rank}" if args.device == "cuda" else args.device)
+    device, rank, world = join(args.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    join(device)
     if rank == 0:
         print(" ".join(f"{name}={value}" for name, value in vars(args).items()))
     try:

@@ -278,6 +278,13 @@ def usable_device(name):
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
+def amp_dtype(amp, device):
+    """--amp -> the dtype of autocast, or None for float32. auto: bf16 where the GPU has it, else fp16; off on a CPU."""
+    if amp == "auto":
+        amp = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
 def describe(backbone):
     if not isinstance(backbone, ViT):
         return "ResNet-50"
