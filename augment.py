@@ -12,9 +12,10 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, reduce
+from einops import einsum, rearrange, reduce, repeat
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+GRAY = (0.299, 0.587, 0.114)
 ORDERS = torch.tensor(list(permutations(range(4))))  # the orders in which colour jitter may apply its four operations
 PARAMETERS = ("brightness", "contrast", "saturation", "hue", "order", "gray", "sigma", "solarize")
 
@@ -78,7 +79,18 @@ def constant(values, device):
 
 
 def grayscale(x):
-    return einsum(x, constant((0.299, 0.587, 0.114), x.device), "b c h w, c -> b h w")[:, None]
+    return einsum(x, constant(GRAY, x.device), "b c h w, c -> b h w")[:, None]
+
+
+def chosen(mask, device):
+    """The indices of a mask that lies on the host, on the device: nothing is read back from there."""
+    return mask.nonzero()[:, 0].to(device, non_blocking=True)
+
+
+def mix(x, matrix, shift):
+    """Each pixel's colour through a 3 x 3 matrix: x [b, 3, h, w], matrix [b, 3, 3], shift [b]."""
+    pixels = rearrange(x, "b c h w -> b c (h w)")
+    return rearrange(torch.baddbmm(shift[:, None, None], matrix, pixels), "b c (h w) -> b c h w", h=x.shape[2])
 
 
 def shift_hue(x, shift):
@@ -87,60 +99,55 @@ def shift_hue(x, shift):
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)
     safe = chroma.clamp_min(1e-8)
     hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    k = constant((5.0, 3.0, 1.0), x.device)[:, None, None] + (hue + 6 * shift[:, None, None])[:, None]
-    k = k.remainder(6)
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    k = constant((11.0, 9.0, 7.0), x.device)[:, None, None] + (hue + 6 * shift[:, None, None])[:, None]  # positive, in sixths of a turn
+    k = k.div_(6).frac_().mul_(6)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
 def jitter(x, brightness, contrast, saturation, hue, order):
-    """Colour jitter of [b, 3, h, w] in [0, 1], each sample with its own factors [b] and its own order of operations.
+    """Colour jitter of [b, 3, h, w] in [0, 1], each sample with its own factors [b] and its own order of operations, which lies on the host.
 
-    Brightness, contrast and saturation are one operation: a blend with black, with the mean grey, or with the grey image.
+    Brightness, contrast and saturation blend with black, with the mean grey, and with each pixel's grey: they are linear in the colour.
     """
-    order = ORDERS[order.long().cpu()]  # the draws are on the host, so choosing the samples of each operation reads nothing back from the device
+    eye, gray = torch.eye(3, device=x.device), constant(GRAY, x.device)
     factors = torch.stack([brightness, contrast, saturation, torch.ones_like(hue)], 1)
-    for operation in order.unbind(1):
-        operation, turned = operation.to(x.device, non_blocking=True), (operation == 3).nonzero()[:, 0].to(x.device, non_blocking=True)
-        gray = grayscale(x)
-        is_contrast, is_saturation = ((operation == i)[:, None, None, None] for i in (1, 2))
-        base = torch.where(is_saturation, gray, is_contrast * reduce(gray, "b 1 h w -> b 1 1 1", "mean"))
-        x = torch.lerp(base, x, factors.gather(1, operation[:, None])[..., None, None]).clamp(0, 1)
+    for operation in ORDERS[order.long()].unbind(1):
+        turned = chosen(operation == 3, x.device)
+        operation = operation.to(x.device, non_blocking=True)
+        keep = factors.gather(1, operation[:, None])[:, 0]
+        mean = reduce(x, "b c h w -> b c", "mean") @ gray
+        x = mix(x, keep[:, None, None] * eye + ((1 - keep) * (operation == 2))[:, None, None] * gray, (1 - keep) * (operation == 1) * mean).clamp_(0, 1)
         x[turned] = shift_hue(x[turned], hue[turned])
     return x
 
 
 def blur(x, sigma, radius=6):
-    """Gaussian blur of [b, c, h, w], each sample with its own sigma [b] in pixels; borders reflect. radius: 3 x the largest sigma, 2.
-
-    The blur is a product with a banded matrix along each axis; a reflected border adds each tap's mirror image.
-    """
-
-    def matrix(n):
-        i = torch.arange(n, device=x.device)
-        distance = i[:, None] - i
-        mirrored = [distance, torch.where(i > 0, i[:, None] + i, radius + 1), torch.where(i < n - 1, 2 * (n - 1) - i[:, None] - i, radius + 1)]
-        taps = sum((-0.5 * (d / sigma[:, None, None]) ** 2).exp() * (d.abs() <= radius) for d in mirrored)
-        return taps / taps.sum(-1, keepdim=True)
-
-    return einsum(matrix(x.shape[2]), x, matrix(x.shape[3]), "b i h, b c h w, b j w -> b c i j")
+    """Gaussian blur of [b, 3, h, w], each sample with its own sigma [b] in pixels; borders reflect. radius: 3 x the largest sigma, 2."""
+    radius = min(radius, x.shape[2] - 1, x.shape[3] - 1)
+    taps = (-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / sigma[:, None]) ** 2).exp()
+    taps = repeat(taps / taps.sum(-1, keepdim=True), "b k -> (b c) 1 k", c=3)
+    x = rearrange(F.pad(x, (radius,) * 4, mode="reflect"), "b c h w -> 1 (b c) h w")
+    x = F.conv2d(F.conv2d(x, taps[..., None], groups=len(taps)), taps[:, :, None], groups=len(taps))
+    return rearrange(x, "1 (b c) h w -> b c h w", c=3)
 
 
 def photometry(crops, parameters):
     """uint8 [b, 3, h, w] and the parameters [b, 8] drawn for them (on the host) -> normalised float32 [b, 3, h, w] on the crops' device."""
+    device = crops.device
     host = dict(zip(PARAMETERS, parameters.unbind(1)))
-    device = dict(zip(PARAMETERS, parameters.to(crops.device, non_blocking=True).unbind(1)))
-    x = crops.float() / 255
-    x = jitter(x, *(device[name] for name in PARAMETERS[:4]), host["order"])
-    x = torch.where(device["gray"][:, None, None, None] > 0, grayscale(x), x)
-    blurred = host["sigma"].nonzero()[:, 0].to(crops.device, non_blocking=True)
-    x[blurred] = blur(x[blurred], device["sigma"][blurred])
-    x = torch.where((device["solarize"][:, None, None, None] > 0) & (x >= 128 / 255), 1 - x, x)
+    brightness, contrast, saturation, hue, _, _, sigma, _ = parameters.to(device, non_blocking=True).unbind(1)
+    x = jitter(crops.float().div_(255), brightness, contrast, saturation, hue, host["order"])
+    gray, blurred, solarized = (chosen(host[name] > 0, device) for name in ("gray", "sigma", "solarize"))
+    x[gray] = repeat(grayscale(x[gray]), "b 1 h w -> b 3 h w")
+    if len(blurred):
+        x[blurred] = blur(x[blurred], sigma[blurred])
+    x[solarized] = torch.where(x[solarized] >= 128 / 255, 1 - x[solarized], x[solarized])
     return normalize(x)
 
 
 def normalize(x):
     """[b, 3, h, w] in [0, 1] -> ImageNet's mean and standard deviation taken out."""
-    return (x - constant(MEAN, x.device)[:, None, None]) / constant(STD, x.device)[:, None, None]
+    return (x - constant(MEAN, x.device)[:, None, None]).div_(constant(STD, x.device)[:, None, None])
 
 
 def views(batch, device):

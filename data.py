@@ -69,6 +69,14 @@ class Folder:
     def name(self, i):
         return str(self.root / self.paths[i])
 
+    def mask(self, i):
+        """uint8 [h, w]: 1 where the image is opaque (alpha above 127), 0 elsewhere. None: it is opaque everywhere."""
+        with Image.open(self.root / self.paths[i]) as image:
+            if not image.has_transparency_data:
+                return None
+            alpha = pil_to_tensor(ImageOps.exif_transpose(image).convert("RGBA"))[3]
+        return (alpha > 127).byte() if alpha.min() < 128 else None
+
 
 def split_folder(root, split):
     """The folder that holds a split. An ImageNet-like root has train/ and val/ (or test/); a root that is itself the train/ of such a pair has val/ beside it.
@@ -93,11 +101,15 @@ TORCHVISION = {  # name -> how to open its splits, and where it keeps its labels
     ),
     "flowers102": (lambda root, train: datasets.Flowers102(root, "train" if train else "test", download=True), lambda data: data._labels),
     "pets": (lambda root, train: datasets.OxfordIIITPet(root, "trainval" if train else "test", download=True), lambda data: data._labels),
+    "voc2012": (
+        lambda root, train: datasets.VOCSegmentation(root, image_set="train" if train else "val", download=not (Path(root) / "VOCdevkit/VOC2012").exists()),
+        lambda data: None,  # only masks
+    ),
 }
 
 
 class Torchvision:
-    """One of torchvision's labelled data sets, downloaded on first use beside torch.hub's cache."""
+    """One of torchvision's data sets, downloaded on first use beside torch.hub's cache."""
 
     def __init__(self, name, split):
         root = Path(torch.hub.get_dir()).parent / "datasets"
@@ -106,8 +118,9 @@ class Torchvision:
             self.data = open_split(str(root), split == "train")
         except (OSError, RuntimeError) as error:
             raise ValueError(f"cannot download {name} to {str(root)!r}: {error}") from None
-        self.labels = [int(label) for label in labels_of(self.data)]
-        self.classes = getattr(self.data, "classes", None) or [str(label) for label in sorted(set(self.labels) - {-1})]
+        labels = labels_of(self.data)
+        self.labels = labels and [int(label) for label in labels]
+        self.classes = labels and (getattr(self.data, "classes", None) or [str(label) for label in sorted(set(self.labels) - {-1})])
 
     def __len__(self):
         return len(self.data)
@@ -117,6 +130,13 @@ class Torchvision:
 
     def name(self, i):
         return f"image {i}"
+
+    def mask(self, i):
+        """VOC2012's objects, uint8 [h, w]: 0 for the background, 1, 2, ... for the objects, 255 for what is left open. None: another data set."""
+        if not hasattr(self.data, "masks"):
+            return None
+        with Image.open(self.data.masks[i].replace("SegmentationClass", "SegmentationObject")) as objects:
+            return pil_to_tensor(objects)[0]
 
 
 def polygon(radii):

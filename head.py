@@ -19,7 +19,7 @@ class WeightNormLinear(nn.Module):
         nn.init.uniform_(self.weight_v, -(in_dim**-0.5), in_dim**-0.5)  # nn.Linear's: ||v|| sets how fast a prototype turns
 
     def forward(self, x):
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=-1))
+        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=-1, keepdim=True)))
 
 
 class DINOHead(nn.Module):

@@ -17,17 +17,15 @@ def teacher_probabilities(teacher, center, teacher_temp):
 def dino_loss(student, teacher, center, student_temp, teacher_temp):
     """Eq. 3: the mean of H(P_t(x), P_s(x')) over a teacher view x, a student view x' != x, and the batch. No gradient reaches the teacher.
 
-    With z = g_s / tau_s the cross-entropy is H(q, softmax(z)) = logsumexp(z) - <q, z>: linear in q. So the teacher's views are summed first,
-    one pass goes over the student's logits, and the same-view terms are taken out again; no pair's log-softmax is ever held.
+    The cross-entropy -<q, log P_s> is linear in q, so a student view's targets are summed over the teacher views that it faces: one log-softmax a view, not one a pair.
     """
     with torch.autocast(student.device.type, enabled=False):
         q = teacher_probabilities(teacher, center, teacher_temp)
-        z = student.float() / student_temp
-        t, v, b = len(q), len(z), z.shape[1]
-        faced = torch.full((v, 1), t, device=z.device)  # how many teacher views each student view is compared with: t, less itself
-        faced[:t] -= 1
-        cross = (faced * z.logsumexp(-1)).sum() - (q.sum(0) * z.sum(0)).sum() + (q * z[:t]).sum()
-        return cross / (b * t * (v - 1))
+        everyone, cross = q.sum(0), 0.0
+        for v, logits in enumerate(student.unbind()):
+            target = everyone - q[v] if v < len(q) else everyone
+            cross = cross - (target * (logits.float() / student_temp).log_softmax(-1)).sum()
+        return cross / (q.shape[0] * q.shape[1] * (len(student) - 1))
 
 
 def batch_center(teacher):

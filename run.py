@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from vit import load_checkpoint
+from vit import load_checkpoint, usable_device
 
 FORMAT = 2  # of last.pth
 FREE = {  # what resuming may change; the rest is the configuration
@@ -46,13 +46,21 @@ def clear_status():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
+def first_process():
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(line, file=None):
-    clear_status()
-    print(line, file=file, flush=True)
+    """Prints a line; of several processes, the first alone does."""
+    if first_process():
+        clear_status()
+        print(line, file=file, flush=True)
 
 
 def status(line, every=10):
-    """Progress: on a terminal one line in place; elsewhere a plain line, at most one each so many seconds."""
+    """Progress of the first process: on a terminal one line in place; elsewhere a plain line, at most one each so many seconds."""
+    if not first_process():
+        return
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
     elif time.monotonic() - _last_status[0] > every:
@@ -117,13 +125,21 @@ def outlive_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def join(device):
-    """Meets the other processes that torchrun has started, if it has: gloo for CPU tensors, nccl for a GPU's. RuntimeError: one keeps the rest waiting for ten minutes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+def join(name):
+    """This process's (device, rank, world), once it has met the others that torchrun has started, if it has: gloo for CPU tensors, nccl for a GPU's.
+
+    name: cuda is each process's own GPU. RuntimeError, then or later: one process keeps the rest waiting for ten minutes.
+    """
+    rank, world, local_rank = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = usable_device(f"cuda:{local_rank}" if name == "cuda" else name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
         store, rank, world = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # else a restart may find the dead processes' addresses
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=10))
+    return device, rank, world
 
 
 def agree(value):

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -30,11 +31,12 @@ from torch.utils.data import DataLoader
 from augment import MultiCrop, views
 from data import Batches, Views, load
 from evaluate import knn_of
+from features import features
 from head import DINOHead
 from loss import batch_center, dino_loss, entropies, teacher_temp_at, update_center
 from run import Run, command, in_turn, join, listen, minutes, outlive_signals
 from visualize import attend, draw_attention, draw_curves, draw_emergence
-from vit import ARCHITECTURES, ViT, build_backbone, describe, load_backbone, usable_device
+from vit import ARCHITECTURES, ViT, amp_dtype, build_backbone, describe, load_backbone
 
 RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
     "patch": (16, 8, "side of a patch in pixels"),
@@ -224,10 +226,9 @@ def train(args, device, rank, world):
 def knn_test(run, images, val, device, step, epoch):
     """Logs the k-NN accuracy (k = 20) of the teacher and the student so far, on a part of the labelled images."""
     if run.main and images.labels and run.args.knn_every:
-        top1 = {}
+        extract, top1 = partial(features, device=device, workers=run.args.workers), {}  # alone: the other processes wait
         for name in ("teacher", "student") if step else ("teacher",):  # they begin alike
-            limits = (run.args.knn_bank, 1000)
-            top1[name] = knn_of(run.state[name].backbone, images, val, device, workers=run.args.workers, ks=(20,), limits=limits)[0][20]
+            top1[name] = knn_of(run.state[name].backbone, images, val, extract, ks=(20,), limits=(run.args.knn_bank, 1000))[0][20]
         run.log(step=step, epoch=epoch, knn=top1["teacher"], knn_student=top1.get("student", top1["teacher"]))
         run.say(f"epoch {epoch}: k-NN {top1['teacher']:.1f} %" + (f" ({before(run.args)})" if step == 0 else ""))
 
@@ -288,13 +289,6 @@ def first_backbone(args):
     return backbone
 
 
-def amp_dtype(amp, device):
-    """--amp -> the dtype of autocast, or None for float32. auto: bf16 where the GPU has it, else fp16; off on a CPU."""
-    if amp == "auto":
-        amp = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-
-
 def parse_args(argv=None):
     """The resolved configuration: what the command line leaves open comes from the architecture's recipe."""
     which = argparse.ArgumentParser(add_help=False)
@@ -316,7 +310,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0, help="stop after this many steps; changes no schedule (0: at the end)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the student")
-    parser.add_argument("--workers", type=int, default=None, help="processes that load images (default: up to 10 on a GPU, 1 on a CPU)")
+    parser.add_argument("--workers", type=int, default=None, help="processes that load images (default: up to 10 on a GPU; on a CPU 1, or 0 where there are only two cores)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME, from architecture and data)")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds another run")
@@ -331,7 +325,8 @@ def parse_args(argv=None):
     args.global_scale, args.local_scale = list(args.global_scale), list(args.local_scale)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.workers is None:
-        args.workers = min(10, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.device.startswith("cuda") else 1
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = min(10, cores) if args.device.startswith("cuda") else int(cores > 2)  # on two cores a loader's process and the model's threads wait for one another
     if args.output is None:
         data = Path(args.data).absolute() if os.path.isdir(args.data) else Path(args.data)
         parts = [f"{args.arch}_{args.patch}" if paper else "laptop", data.parent.name if data.name == "train" else data.name]
@@ -360,13 +355,10 @@ def check(args):
 
 
 def main(args):
-    world, rank, local_rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     check(args)
-    device = usable_device(f"cuda:{local_rank}" if args.device == "cuda" else args.device)
+    device, rank, world = join(args.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    join(device)
     if rank == 0:
         print(" ".join(f"{name}={value}" for name, value in vars(args).items()))
     try:

@@ -95,7 +95,7 @@ class Block(nn.Module):
         if not self.training or self.drop_path == 0:
             return branch
         keep = 1 - self.drop_path
-        return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(keep) / keep
+        return branch * (branch.new_empty(len(branch), 1, 1).bernoulli_(keep) / keep)
 
     def forward(self, x):
         x = x + self.drop(self.attn(self.norm1(x)))
@@ -276,6 +276,13 @@ def usable_device(name):
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
+def amp_dtype(amp, device):
+    """--amp -> the dtype of autocast, or None for float32. auto: bf16 where the GPU has it, else fp16; off on a CPU."""
+    if amp == "auto":
+        amp = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
 def describe(backbone):

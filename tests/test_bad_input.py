@@ -57,7 +57,8 @@ def place(tmp_path_factory):
 
     for split, name in (("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")):
         folder(f"good/{split}/{name}", 4)
-    for name in ("differ/train/a", "differ/train/b", "differ/val/a", "differ/val/c", "one/a"):
+    for name in ("differ/train/a", "differ/train/b", "differ/val/c", "differ/val/d", "onlyone/train/a", "onlyone/train/b", "onlyone/val/a",
+                 "nothing/train/a", "nothing/train/b", "one/a"):  # fmt: skip
         folder(name, 4)
     folder("few", 3)
     folder("half", 20, lambda i: i % 2)
@@ -67,6 +68,7 @@ def place(tmp_path_factory):
     (place / "text" / "readme.txt").write_text("no image")
     (place / "empty").mkdir()
     (place / "split" / "train").mkdir(parents=True)
+    (place / "nothing" / "val" / "a").mkdir(parents=True)
     image.save(place / "image.png")
     (place / "text.jpg").write_text("no image")
     (place / "bomb.png").write_bytes(png(100_000, 100_000))
@@ -150,11 +152,24 @@ OTHERS = [
     ("evaluate.py knn bare.pth --network student --data few", "'few' has no labels"),
     ("evaluate.py knn gone.pth --network student --data good", "has no student, only teacher"),
     ("evaluate.py knn bare.pth --data one", "'one' has no labels"),
-    ("evaluate.py knn bare.pth --data differ", "the training split has classes ['a', 'b'], the held-out one ['a', 'c']"),
+    ("evaluate.py knn bare.pth --data differ", "the training split has classes ['a', 'b'], the held-out one ['c', 'd']: none in common"),
+    ("evaluate.py knn bare.pth --data onlyone", "the held-out split of 'onlyone' has no labels"),
+    ("evaluate.py knn bare.pth --data nothing", "no images below"),
+    ("evaluate.py linear bare.pth --data nothing", "no images below"),
+    ("evaluate.py linear bare.pth --data few", "'few' has no labels"),
+    ("evaluate.py linear bare.pth --data differ/val", "no held-out split to test a linear classifier on"),
+    ("evaluate.py linear bare.pth --data good --lr 0.1 nan", "--lr [0.1, nan] must be positive"),
+    ("evaluate.py linear bare.pth --data good --epochs 0", "--epochs 0 must be positive"),
+    ("evaluate.py linear bare.pth --data good --last 0", "--last 0 must be positive"),
+    ("evaluate.py masks bare.pth --data good", "none of 8 images says where its objects are"),
+    ("evaluate.py masks bare.pth --data good --size 0", "--size 0 must be positive"),
+    ("evaluate.py masks bare.pth --data good --mass 1.5", "nor --mass 1.5 above 1"),
+    ("evaluate.py masks resnet.pth --data good", "a convnet has no attention"),
+    ("evaluate.py knn bare.pth --data good --output text.jpg", "text.jpg"),
     ("evaluate.py knn bare.pth --data bad", "none of 22 images can be read"),
-    ("evaluate.py knn bare.pth --data good --k 0", "--k and --batch must be positive"),
-    ("evaluate.py knn bare.pth --data good --batch 0", "--k and --batch must be positive"),
-    ("evaluate.py knn bare.pth --data good --workers -1", "--workers not negative"),
+    ("evaluate.py knn bare.pth --data good --k 0", "--k [0] must be positive"),
+    ("evaluate.py knn bare.pth --data good --batch 0", "--batch 0 must be positive"),
+    ("evaluate.py knn bare.pth --data good --workers -1", "--workers -1 must not be negative"),
     ("evaluate.py knn bare.pth --data good --device cuda:99", "--device cuda:99 cannot be used here"),
     ("visualize.py bare.pth", "no images given"),
     ("visualize.py nowhere.pth image.png", "no checkpoint at 'nowhere.pth'"),
