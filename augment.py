@@ -141,7 +141,8 @@ def photometry(crops, parameters):
     x[gray] = repeat(grayscale(x[gray]), "b 1 h w -> b 3 h w")
     if len(blurred):
         x[blurred] = blur(x[blurred], sigma[blurred])
-    x[solarized] = torch.where(x[solarized] >= 128 / 255, 1 - x[solarized], x[solarized])
+    some = x[solarized]
+    x[solarized] = torch.where(some >= 128 / 255, 1 - some, some)
     return normalize(x)
 
 

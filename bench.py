@@ -38,7 +38,7 @@ from vit import Attention, build_backbone, usable_device
 class PlainAttention(Attention):
     def forward(self, x):
         q, k, v = self.split(x)
-        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        weights = (q @ rearrange(k, "b heads n d -> b heads d n") * q.shape[-1] ** -0.5).softmax(-1)
         return self.proj(rearrange(weights @ v, "b heads n d -> b n (heads d)"))
 
 
@@ -118,15 +118,27 @@ def noise(images, args, device):
     return [torch.randn(v, images, 3, size, size, device=device) for v, size in sizes]
 
 
+def update(plain, student, teacher):
+    """What follows the gradient: clipping, AdamW and EMA."""
+    optimizer = torch.optim.AdamW(parameter_groups(student), 1e-4, fused=not plain, foreach=False)
+    clip, ema = (plain_clip, plain_ema(0.996)) if plain else (lambda parameters: nn.utils.clip_grad_norm_(parameters, 3.0), get_ema_multi_avg_fn(0.996))
+
+    def run():
+        clip(student.parameters())
+        optimizer.step()
+        ema(list(teacher.parameters()), list(student.parameters()), None)
+
+    return run
+
+
 def step(plain, device, images, flags):
     """One step of training with the recipe that the flags of train.py give, from crops that are on the device."""
     args = recipe(flags.split())
     student = network(plain, args).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(parameter_groups(student), 1e-4, fused=not plain, foreach=False)
     center, fixed = torch.zeros(args.out_dim, device=device), noise(images, args, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    loss, ema = (plain_loss, plain_ema(0.996)) if plain else (dino_loss, get_ema_multi_avg_fn(0.996))
+    loss, follow = plain_loss if plain else dino_loss, update(plain, student, teacher)
 
     def run(crops=fixed):
         with autocast:
@@ -134,13 +146,8 @@ def step(plain, device, images, flags):
                 t = teacher(crops[0])
             s = student(*crops)
         loss(s.float(), t.float(), center, 0.1, 0.04).backward()
-        if plain:
-            plain_clip(student.parameters())
-        else:
-            nn.utils.clip_grad_norm_(student.parameters(), 3.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema(list(teacher.parameters()), list(student.parameters()), None)
+        follow()
+        student.zero_grad()
         update_center(center, batch_center(t), 0.9)
 
     return run
@@ -174,19 +181,11 @@ def head_and_loss(plain, device, images, flags):
 
 
 def optimizer_and_ema(plain, device, images, flags):
-    """Clipping, AdamW and EMA."""
+    """Clipping, AdamW and EMA alone."""
     student = network(plain, recipe(flags.split())).to(device)
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    optimizer = torch.optim.AdamW(parameter_groups(student), 1e-4, fused=not plain, foreach=False)
+    run = update(plain, student, copy.deepcopy(student).requires_grad_(False))
     for p in student.parameters():
         p.grad = torch.randn_like(p)
-    ema = plain_ema(0.996) if plain else get_ema_multi_avg_fn(0.996)
-
-    def run():
-        (plain_clip if plain else lambda p: nn.utils.clip_grad_norm_(p, 3.0))(student.parameters())
-        optimizer.step()
-        ema(list(teacher.parameters()), list(student.parameters()), None)
-
     return run
 
 
@@ -289,8 +288,8 @@ def main(args):
     say(f"{'':48} {'images/s':>19} {'':6} {'peak MB':>16}")
     say(f"{'part':48} {'here':>9} {'textbook':>9} {'ratio':>6} {'here':>7} {'textbook':>8} {'ratio':>6}")
     b, turns = (64, 10) if device.type == "cuda" else (4, 1 if quick else 5)
-    small = "--arch vit_tiny --out_dim 4096" if quick else "--arch vit_small"
     tiny = "--arch vit_tiny --out_dim 4096"
+    small = tiny if quick else "--arch vit_small"
     compare("a worker's half: decode, crop, collate; 1 thread", worker_half, device, 8 if quick else 32, (), turns, False)
     compare("  with photometry; 1 thread", worker_half, device, 8 if quick else 32, (True,), turns, False)
     compare(f"forward and backward, {b} images, {small[7:]}", networks, device, b, (small,), turns, not quick)

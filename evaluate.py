@@ -30,7 +30,7 @@ from augment import normalize, resize
 from data import Batches, load
 from features import Crops, combine, features, progress, represent
 from run import command, first_process, in_turn, join, say, write_whole
-from visualize import attention_maps, keep_mass
+from visualize import attention_maps, keep_mass, usual_size
 from vit import RELEASED, ViT, amp_dtype, describe, load_backbone, untrained
 
 
@@ -285,7 +285,7 @@ def evaluate(args, device, ranks):
         if not isinstance(backbone, ViT):
             raise ValueError(f"{args.checkpoint} is a {describe(backbone)}: a convnet has no attention")
         images = in_turn(lambda: load(data, "val") or load(data, "train"))
-        short = args.size or max(backbone.patch, backbone.image_size * 480 // 224 // backbone.patch * backbone.patch)
+        short = args.size or usual_size(backbone)
         means, objects, used = attention_masks(networks, images, device, short, args.mass, ranks)
         if used < len(images):
             say(f"{len(images) - used} of {len(images)} images show no object or cannot be read, and are left out")

@@ -219,10 +219,6 @@ class Run:
             self.config["data"] = str(Path(args.data).resolve())
         self.log_path = args.output / "log.jsonl"
 
-    def say(self, line):
-        if self.main:
-            say(line)
-
     def resume(self):
         """Loads last.pth, if there is one; the step to go on from. ValueError: it is of another configuration, with the differences."""
         path, first = self.args.output / "last.pth", 0
@@ -241,9 +237,9 @@ class Run:
             self.center.copy_(checkpoint["center"])
             first, self.attention = checkpoint["step"], checkpoint.get("attention", {})
             noted = [text for name, text in changed.items() if name in NOTED]
-            self.say(f"resumed from {path} at step {first}" + (f", with {', '.join(noted)}" if noted else ""))
+            say(f"resumed from {path} at step {first}" + (f", with {', '.join(noted)}" if noted else ""))
             if "epochs" in changed:
-                self.say("note: the schedules follow the new --epochs from here on")
+                say("note: the schedules follow the new --epochs from here on")
         if agree(first) != -agree(-first):
             raise ValueError(f"the processes find different checkpoints at {path}: --output must lie on a file system that all machines share")
         if self.main:
@@ -298,7 +294,7 @@ class Run:
         marks = torch.zeros(len(self.images), dtype=torch.uint8)
         marks[list(self.bad)] = 1
         self.bad = set(agree(marks).nonzero().flatten().tolist())
-        for index in sorted(self.bad - self.named) if self.main else []:
+        for index in sorted(self.bad - self.named):
             say(f"cannot read {self.images.name(index)!r}: its place is taken by the next image", sys.stderr)
         self.named |= self.bad
         if len(self.bad) > 0.01 * len(self.images):
@@ -314,10 +310,9 @@ class Run:
             message = f"the output has collapsed to the {kind} solution: {remedy}"
             if self.args.stop_on_collapse:
                 raise ValueError(message)
-            self.say(f"warning: {message}")
+            say(f"warning: {message}")
 
     def progress(self, done, first, last, epoch, loss, entropy):
-        if self.main:
-            rate = (done - first) / (time.monotonic() - self.start)
-            speed = f"{rate * self.config['global_batch']:.0f} images/s, {minutes((last - done) / rate)} left"
-            status(f"epoch {epoch:.2f}/{self.args.epochs}  step {done}  loss {loss:.3f}  entropy {entropy:.3f}  KL {loss - entropy:.3f}  {speed}")
+        rate = (done - first) / (time.monotonic() - self.start)
+        speed = f"{rate * self.config['global_batch']:.0f} images/s, {minutes((last - done) / rate)} left"
+        status(f"epoch {epoch:.2f}/{self.args.epochs}  step {done}  loss {loss:.3f}  entropy {entropy:.3f}  KL {loss - entropy:.3f}  {speed}")

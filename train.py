@@ -34,7 +34,7 @@ from evaluate import knn_of
 from features import features
 from head import DINOHead
 from loss import batch_center, dino_loss, entropies, teacher_temp_at, update_center
-from run import Run, command, in_turn, join, listen, minutes, outlive_signals
+from run import Run, command, in_turn, join, listen, minutes, outlive_signals, say
 from visualize import attend, draw_attention, draw_curves, draw_emergence
 from vit import ARCHITECTURES, ViT, amp_dtype, build_backbone, describe, load_backbone
 
@@ -148,7 +148,7 @@ def train(args, device, rank, world):
         pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None,
     ))  # fmt: skip
     scaled = f"{args.lr:g} x {global_batch} / 256 = {args.lr * global_batch / 256:g}"
-    run.say(f"{len(images)} images, {world} x {args.batch} x {args.accumulate} a step, {total} steps, learning rate {scaled}, {device}, {dtype or 'float32'}")
+    say(f"{len(images)} images, {world} x {args.batch} x {args.accumulate} a step, {total} steps, learning rate {scaled}, {device}, {dtype or 'float32'}")
     if first == 0:
         in_turn(lambda: knn_test(run, images, val, device, 0, 0))
 
@@ -218,7 +218,7 @@ def train(args, device, rank, world):
             if ended and args.keep_every and round(epoch) % args.keep_every == 0:
                 run.save(f"epoch-{round(epoch):04d}.pth", done, epoch)
         if stop:
-            run.say(f"stopped by {signal.Signals(stop).name} after step {done}: the same command goes on from there")
+            say(f"stopped by {signal.Signals(stop).name} after step {done}: the same command goes on from there")
             sys.exit(128 + stop)
     finish(run, teacher, val or images, batches.last)
 
@@ -230,7 +230,7 @@ def knn_test(run, images, val, device, step, epoch):
         for name in ("teacher", "student") if step else ("teacher",):  # they begin alike
             top1[name] = knn_of(run.state[name].backbone, images, val, extract, ks=(20,), limits=(run.args.knn_bank, 1000))[0][20]
         run.log(step=step, epoch=epoch, knn=top1["teacher"], knn_student=top1.get("student", top1["teacher"]))
-        run.say(f"epoch {epoch}: k-NN {top1['teacher']:.1f} %" + (f" ({before(run.args)})" if step == 0 else ""))
+        say(f"epoch {epoch}: k-NN {top1['teacher']:.1f} %" + (f" ({before(run.args)})" if step == 0 else ""))
 
 
 def before(args):
@@ -261,14 +261,14 @@ def finish(run, teacher, images, step):
         few = some_images(images)
         draw_attention(teacher.backbone, few, output / "attention.png")
         draw_emergence(few, run.attention | {step: [attend(teacher.backbone, image) for image in few]}, output / "emergence.png")
-    run.say(f"done in {minutes(time.monotonic() - run.start)}")
+    say(f"done in {minutes(time.monotonic() - run.start)}")
     for name in ("last.pth", *pictures):
-        run.say(f"  {output / name}")
+        say(f"  {output / name}")
     knn = [line["knn"] for line in lines if "knn" in line]
     if len(knn) > 1:
-        run.say(f"  k-NN {knn[-1]:.1f} %, {before(run.args)} {knn[0]:.1f} %")
+        say(f"  k-NN {knn[-1]:.1f} %, {before(run.args)} {knn[0]:.1f} %")
     if run.bad:
-        run.say(f"  {len(run.bad)} images could not be read")
+        say(f"  {len(run.bad)} images could not be read")
 
 
 def open_data(args):
@@ -359,8 +359,7 @@ def main(args):
     device, rank, world = join(args.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    if rank == 0:
-        print(" ".join(f"{name}={value}" for name, value in vars(args).items()))
+    say(" ".join(f"{name}={value}" for name, value in vars(args).items()))
     try:
         train(args, device, rank, world)
     finally:

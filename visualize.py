@@ -48,12 +48,17 @@ def keep_mass(maps, mass=0.6):
     return rearrange(torch.zeros_like(kept).scatter(-1, order, kept), "... (h w) -> ... h w", h=maps.shape[-2])
 
 
+def usual_size(backbone):
+    """The short side, in pixels, at which a network is shown images: 480 / 224 of what it was trained at, in whole patches."""
+    return max(backbone.patch, backbone.image_size * 480 // 224 // backbone.patch * backbone.patch)
+
+
 def attend(backbone, image, short=None):
     """uint8 [3, h, w] -> (maps [heads, rows, columns], (y, x) the share of their grid that the image covers; the rest fills up the last patches).
 
     short: the short side in pixels, of any size. ValueError: more patches than fit into memory.
     """
-    patch, short = backbone.patch, short or max(backbone.patch, backbone.image_size * 480 // 224 // backbone.patch * backbone.patch)
+    patch, short = backbone.patch, short or usual_size(backbone)
     h, w = (max(1, round(side * short / min(image.shape[1:]))) for side in image.shape[1:])
     if h * w > 2**16 * patch**2:
         raise ValueError(f"an image of {image.shape[2]} x {image.shape[1]} with its short side at {short} has more than {2**16} patches: lower --size")
