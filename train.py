@@ -29,14 +29,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from augment import MultiCrop, views
-from data import Batches, Views, load
-from evaluate import knn_of
+from data import Batches, Shapes, Views, load
+from evaluate import attention_masks, knn_of
 from features import features
 from head import DINOHead
 from loss import batch_center, dino_loss, entropies, teacher_temp_at, update_center
 from run import Run, command, in_turn, join, listen, minutes, outlive_signals, say
-from visualize import attend, draw_attention, draw_curves, draw_emergence
-from vit import ARCHITECTURES, ViT, amp_dtype, build_backbone, describe, load_backbone
+from visualize import attend, draw_attention, draw_curves, draw_emergence, usual_size
+from vit import ARCHITECTURES, ViT, amp_dtype, build_backbone, describe, load_backbone, untrained
 
 RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
     "patch": (16, 8, "side of a patch in pixels"),
@@ -106,6 +106,7 @@ def schedules(step, args, steps_per_epoch, global_batch):
     peak = args.lr * global_batch / 256
     lr = peak * step / warmup if step < warmup else cosine((step - warmup) / (total - warmup), peak, args.min_lr)
     tau_t = teacher_temp_at(step / steps_per_epoch, args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs)
+    tau_t = args.student_temp if args.no_sharpening else tau_t
     return lr, cosine(step / total, args.weight_decay, args.weight_decay_end), cosine(step / total, args.momentum, 1.0), tau_t
 
 
@@ -201,7 +202,7 @@ def train(args, device, rank, world):
             loss, *spread = (values / world).tolist()
             norm = torch.stack(norms).tolist()
             skipped = run.check_finite(done, loss, norm, scaler.get_scale())
-        update_center(center, mean, args.center_momentum)
+        update_center(center, mean, 1.0 if args.no_centering else args.center_momentum)
         if log:
             entropy, mean_entropy = spread
             run.log(step=done, epoch=epoch, loss=loss, entropy=entropy, mean_entropy=mean_entropy, kl=loss - entropy, lr=lr,
@@ -251,7 +252,7 @@ def keep_attention(run, backbone, images, step):
 
 
 def finish(run, teacher, images, step):
-    """Draws the pictures and says where everything is."""
+    """Draws the pictures and says where everything is, and what came of it."""
     if not run.main:
         return
     output, lines, pictures = run.args.output, run.lines(), ["curves.png"]
@@ -264,9 +265,13 @@ def finish(run, teacher, images, step):
     say(f"done in {minutes(time.monotonic() - run.start)}")
     for name in ("last.pth", *pictures):
         say(f"  {output / name}")
-    knn = [line["knn"] for line in lines if "knn" in line]
+    knn = [line for line in lines if "knn" in line]
     if len(knn) > 1:
-        say(f"  k-NN {knn[-1]:.1f} %, {before(run.args)} {knn[0]:.1f} %")
+        say(f"  k-NN: teacher {knn[-1]['knn']:.1f} %, student {knn[-1]['knn_student']:.1f} %, {before(run.args)} {knn[0]['knn']:.1f} %")
+    if isinstance(images, Shapes) and isinstance(teacher.backbone, ViT):
+        networks = [teacher.backbone, run.state["student"].backbone.eval(), untrained(teacher.backbone)]
+        means, *_ = attention_masks(networks, Shapes("val", 200), teacher.backbone.cls_token.device, usual_size(teacher.backbone))
+        say("  best head's attention on objects (Jaccard index): teacher {:.1f} %, student {:.1f} %, untrained {:.1f} %".format(*means[:, 0].tolist()))
     if run.bad:
         say(f"  {len(run.bad)} images could not be read")
 
@@ -305,6 +310,8 @@ def parse_args(argv=None):
         shown = [" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in (papers, laptops)]
         default = RESNET.get(name, papers) if arch == "resnet50" else papers if paper else laptops
         parser.add_argument(f"--{name}", default=default, help=f"{text} (paper {shown[0]}, laptop {shown[1]})", **kind)
+    parser.add_argument("--no_centering", action="store_true", help="leave C at 0, to see the collapse onto one dimension (Figure 7)")
+    parser.add_argument("--no_sharpening", action="store_true", help="tau_t = tau_s, to see the collapse to the uniform output (Figure 7)")
     parser.add_argument("--init", help="a checkpoint or a released name whose backbone to start from, of this --arch and --patch")
     parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision (auto: on GPUs)")
     parser.add_argument("--seed", type=int, default=0)
@@ -331,6 +338,7 @@ def parse_args(argv=None):
         data = Path(args.data).absolute() if os.path.isdir(args.data) else Path(args.data)
         parts = [f"{args.arch}_{args.patch}" if paper else "laptop", data.parent.name if data.name == "train" else data.name]
         parts += [f"b{args.batch * args.accumulate * world}"] if world > 1 else []
+        parts += [flag for flag in ("no_centering", "no_sharpening") if getattr(args, flag)]
         args.output = Path("runs", "-".join(part for part in parts if paper or part != "shapes"))
     return args
 

@@ -94,6 +94,13 @@ def test_teacher_is_the_student_at_momentum_0_and_stays_at_1(tmp_path, momentum)
         assert name.endswith("weight_g") or not torch.equal(end["student"][name], start["student"][name])
 
 
+def test_centering_and_sharpening_can_be_left_out(tmp_path):
+    args = train.parse_args(["--no_sharpening", "--student_temp", "0.2"])
+    assert train.schedules(5, args, 10, 64)[3] == 0.2 and str(args.output) == "runs/laptop-no_sharpening"
+    for flags, moves in (([], True), (["--no_centering"], False)):
+        assert run("--steps", 1, *flags, "--output", tmp_path / str(moves))["center"].any() == moves
+
+
 def test_last_layer_is_frozen_at_first(tmp_path):
     flags = "--warmup_epochs", 0, "--lr", 1, "--steps", 2, "--output"
     start = run("--steps", 1, "--output", tmp_path / "start")["student"]
