@@ -26,7 +26,7 @@ from vit import load_checkpoint, usable_device
 
 FORMAT = 2  # of last.pth
 FREE = {  # what resuming may change; the rest is the configuration
-    "steps", "compile", "workers", "device", "output", "overwrite", "stop_on_collapse",
+    "steps", "compile", "recompute", "workers", "device", "output", "overwrite", "stop_on_collapse",
     "log_every", "save_every", "keep_every", "keep", "knn_every", "knn_bank",
 }  # fmt: skip
 NOTED = ("epochs", "world", "batch", "accumulate")  # may change too, if the global batch stays, and the run says so

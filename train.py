@@ -124,6 +124,7 @@ def train(args, device, rank, world):
 
     torch.manual_seed(args.seed)
     backbone = first_backbone(args)
+    backbone.recompute = args.recompute
     head = DINOHead(backbone.dim, args.out_dim, args.hidden_dim, args.bottleneck_dim, args.norm_last_layer)
     student = Network(backbone, head).to(device)
     if world > 1 and device.type == "cuda":
@@ -317,6 +318,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0, help="stop after this many steps; changes no schedule (0: at the end)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the student")
+    parser.add_argument("--recompute", action="store_true", help="compute a ViT's activations again on the way back: less memory, more time (ViT-B/8)")
     parser.add_argument("--workers", type=int, default=None, help="processes that load images (default: up to 10 on a GPU; on a CPU 1, or 0 where there are only two cores)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME, from architecture and data)")

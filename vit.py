@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from einops import rearrange, repeat
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 ARCHITECTURES = {  # the head width is 64 in the paper's; vit_micro is ours, for a laptop's CPU
     "vit_micro": dict(dim=64, depth=4, heads=4),
@@ -107,7 +108,10 @@ class ViT(nn.Module):
 
     image_size: the side, in pixels, that the position embeddings are made for; any other size divisible by patch works too.
     drop_path: the last block's rate; it grows linearly from 0 at the first.
+    recompute: if set, training keeps each block's input alone and computes the rest again on the way back: less memory, a third more time.
     """
+
+    recompute = False
 
     def __init__(self, patch=16, dim=384, depth=12, heads=6, image_size=224, drop_path=0.0):
         super().__init__()
@@ -146,7 +150,7 @@ class ViT(nn.Module):
         """[last, b, 1 + n, d]: what the last blocks put out, each through the final norm; the class token comes first."""
         x, outputs = self.embed(images), []
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(x)
             if i >= len(self.blocks) - last:
                 outputs.append(self.norm(x))
         return torch.stack(outputs)

@@ -86,6 +86,21 @@ def test_drop_path_is_the_students_alone_and_keeps_the_mean():
     assert rates == pytest.approx([0, 0.05, 0.1])
 
 
+def test_recomputed_activations_give_the_same_gradients_from_less_memory():
+    images, gradients, kept = torch.randn(4, 3, 16, 16), [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        backbone = small(drop_path=0.5).train()
+        backbone.recompute, sizes = recompute, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor):
+            loss = backbone(images).square().sum()
+        loss.backward()
+        gradients.append([p.grad for p in backbone.parameters()])
+        kept.append(sum(sizes))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    assert kept[1] < kept[0] / 4
+
+
 @pytest.mark.parametrize("arch, millions", [("vit_tiny", 5.5), ("vit_small", 21.7), ("vit_base", 85.8)])
 def test_parameter_counts_are_the_papers(arch, millions):
     with torch.device("meta"):
