@@ -275,6 +275,11 @@ def finish(run, teacher, images, step):
         say("  best head's attention on objects (Jaccard index): teacher {:.1f} %, student {:.1f} %, untrained {:.1f} %".format(*means[:, 0].tolist()))
     if run.bad:
         say(f"  {len(run.bad)} images could not be read")
+    say("next:")
+    if images.labels:
+        say(f"  python evaluate.py linear {output / 'last.pth'} --cached")
+    if isinstance(teacher.backbone, ViT):
+        say(f"  python visualize.py {output / 'last.pth'} img.jpg")
 
 
 def open_data(args):

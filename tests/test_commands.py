@@ -1,5 +1,8 @@
 """Every command, as a user types it, on a handful of images."""
 
+import hashlib
+import pickle
+import re
 import subprocess
 import sys
 
@@ -7,7 +10,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
+import train
 from vit import build_backbone
 
 
@@ -53,3 +58,25 @@ def test_errors_are_one_line(folder, tmp_path):
 @pytest.mark.parametrize("file", ["train.py", "evaluate.py", "visualize.py", "vit.py"])
 def test_help(file, tmp_path):
     assert "usage" in command(file, "--help", cwd=tmp_path).stdout
+
+
+def test_the_readmes_cifar10_recipe_on_a_stand_in(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "datasets" / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    batch = {"data": torch.randint(256, (10, 3072)).byte().numpy(), "labels": list(range(10))}
+    for files in ("train_list", "test_list"):
+        monkeypatch.setattr(CIFAR10, files, [[name, write(name, batch)] for name, _ in getattr(CIFAR10, files)])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": write(CIFAR10.meta["filename"], {"label_names": list("abcdefghij")})})
+
+    recipe = re.search(r"`python train\.py (--data cifar10 .*?)`", (ROOT / "README.md").read_text())[1].split()
+    tiny = "--batch 4 --out_dim 64 --hidden_dim 32 --bottleneck_dim 16 --epochs 1 --warmup_epochs 0 --steps 2 --workers 0 --device cpu".split()
+    train.main(train.parse_args([*recipe, *tiny]))
+    out = capsys.readouterr().out
+    assert "50 images, 1 x 4 x 1 a step, 12 steps" in out and (tmp_path / "runs" / "vit_tiny_4-cifar10" / "last.pth").exists()
