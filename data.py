@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
@@ -139,22 +139,14 @@ class Torchvision:
             return pil_to_tensor(objects)[0]
 
 
-def polygon(radii):
-    """Corners around the origin, evenly spread, at the given distances."""
-    return [(r * math.cos(2 * math.pi * i / len(radii)), r * math.sin(2 * math.pi * i / len(radii))) for i, r in enumerate(radii)]
-
-
-OUTLINES = {"disc": polygon([0.85] * 32), "star": polygon([1, 0.45] * 5), "triangle": polygon([1] * 3)}  # within the unit circle
-HUES = {"red": 0.0, "yellow": 0.16, "green": 0.38, "blue": 0.64}
-
-
 class Shapes:
-    """The built-in data: two to five objects of one class on a blurry background, and a mask of them. No file, no download.
+    """The built-in data: one object, a core in a rim, on noise that differs from image to image, and a mask of it. No file, no download.
 
-    A class is a colour and an outline. Places, sizes, rotations, light and background say nothing about it. Image i is drawn from (seed, split, i) alone.
+    The class is the step in hue from the rim to the core, in tenths of a turn: neither colour alone tells it, nor do place, size, outline or background.
+    Image i is drawn from (seed, split, i) alone.
     """
 
-    classes = [f"{color} {outline}" for outline in OUTLINES for color in HUES]
+    classes = [f"core {36 * step} degrees from rim" for step in range(10)]
 
     def __init__(self, split="train", length=None, size=64, seed=0):
         self.split, self.size, self.seed = split, size, seed
@@ -166,34 +158,26 @@ class Shapes:
         return self.length
 
     def name(self, i):
-        return f"{self.classes[self.labels[i]]} {i}"
+        return f"{self.classes[self.labels[i]]}, {i}"
 
     def draw(self, i):
-        """(PIL image, PIL mask): the mask is 0 on the background and 1, 2, ... on the objects."""
+        """(PIL image, PIL mask): the mask is 0 on the background and 1 on the object."""
         rng, size = Random(f"shapes {self.seed} {self.split} {i}"), self.size
-        color, outline = self.classes[self.labels[i]].split()
-        tone = rng.randint(60, 190)
-        image = Image.frombytes("RGB", (4, 4), bytes(tone + rng.randint(-40, 40) for _ in range(48))).resize((size, size), Image.BICUBIC)
-        mask, placed = Image.new("L", (size, size)), []
-        for _ in range(rng.randint(2, 5)):
-            for _ in range(10):  # tries to find a free place
-                radius = size * rng.uniform(0.12, 0.26)
-                x, y = rng.uniform(radius, size - radius), rng.uniform(radius, size - radius)
-                if all(math.hypot(x - x2, y - y2) > radius + radius2 for x2, y2, radius2 in placed):
-                    break
-            else:
-                continue
-            placed.append((x, y, radius))
-            turn = rng.uniform(0, 2 * math.pi)
-            cos, sin = 2 * radius * math.cos(turn), 2 * radius * math.sin(turn)
+        image = Image.frombytes("RGB", (16, 16), bytes(255 * rng.getrandbits(1) for _ in range(768))).resize((size, size), Image.NEAREST)
+        radius = size * math.sqrt(rng.uniform(0.16, 0.26) / math.pi)
+        waves = [(k, rng.uniform(0, 0.2 / k), rng.uniform(0, 2 * math.pi)) for k in (2, 3, 4)]
+        angles = [2 * math.pi * j / 48 for j in range(48)]
+        radii = [radius * (1 + sum(height * math.cos(k * angle + phase) for k, height, phase in waves)) for angle in angles]
+        x, y = (rng.uniform(max(radii), size - max(radii)) for _ in range(2))
+        rim = rng.randrange(5) / 5  # hues, in turns
+        for hue, scale in ((rim, 1), (rim + self.labels[i] / len(self.classes), rng.uniform(0.55, 0.8))):
             body = Image.new("L", (2 * size, 2 * size))  # twice as large, then reduced: antialiased
-            ImageDraw.Draw(body).polygon([(2 * x + u * cos - v * sin, 2 * y + u * sin + v * cos) for u, v in OUTLINES[outline]], fill=255)
+            outline = [(2 * (x + scale * r * math.cos(angle)), 2 * (y + scale * r * math.sin(angle))) for r, angle in zip(radii, angles)]
+            ImageDraw.Draw(body).polygon(outline, fill=255)
             body = body.reduce(2)
-            shade = colorsys.hsv_to_rgb((HUES[color] + rng.uniform(-0.04, 0.04)) % 1, rng.uniform(0.7, 1), rng.uniform(0.5, 1))
-            image.paste(tuple(round(255 * c) for c in shade), mask=body)
-            mask.paste(len(placed), mask=body.point(lambda value: 255 * (value > 127)))
-        for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            image = enhancer(image).enhance(rng.uniform(0.6, 1.4))
+            if scale == 1:
+                mask = body.point(lambda value: int(value > 127))
+            image.paste(tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.5, 1), rng.uniform(0.5, 1))), mask=body)
         return image, mask
 
     def __getitem__(self, i):
@@ -202,7 +186,7 @@ class Shapes:
         return self.drawn[i]
 
     def mask(self, i):
-        """uint8 [h, w]: 0 for the background, 1, 2, ... for the objects."""
+        """uint8 [h, w]: 0 for the background, 1 for the object."""
         return pil_to_tensor(self.draw(i)[1])[0]
 
 

@@ -31,7 +31,7 @@ class DINOHead(nn.Module):
             nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim)
         )
         for layer in self.mlp[::2]:
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.trunc_normal_(layer.weight, std=0.02 if in_dim >= 192 else layer.in_features**-0.5)  # as in vit.py
             nn.init.zeros_(layer.bias)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, norm_last_layer)
 

@@ -39,15 +39,15 @@ from visualize import attend, draw_attention, draw_curves, draw_emergence, usual
 from vit import ARCHITECTURES, ViT, amp_dtype, build_backbone, describe, load_backbone, untrained
 
 RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
-    "patch": (16, 8, "side of a patch in pixels"),
+    "patch": (16, 4, "side of a patch in pixels"),
     "drop_path": (0.1, 0.0, "stochastic depth in the student's last block"),
     "global_size": (224, 32, "side of the two global crops"),
     "local_size": (96, 16, "side of the local crops"),
     "local_crops": (8, 4, "number of local crops"),
     "global_scale": ((0.4, 1.0), (0.4, 1.0), "area of a global crop, as a share of the image's"),
     "local_scale": ((0.05, 0.4), (0.1, 0.4), "area of a local crop"),
-    "out_dim": (65536, 1024, "K, the outputs of the head"),
-    "hidden_dim": (2048, 512, "width of the head's hidden layers"),
+    "out_dim": (65536, 256, "K, the outputs of the head"),
+    "hidden_dim": (2048, 256, "width of the head's hidden layers"),
     "bottleneck_dim": (256, 64, "width of the head's bottleneck"),
     "norm_last_layer": (True, True, "fix the norm g of the last layer's rows at 1 (the 300-epoch runs: --no-norm_last_layer)"),
     "student_temp": (0.1, 0.1, "tau_s"),
@@ -55,18 +55,18 @@ RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
     "warmup_teacher_temp": (0.04, 0.02, "tau_t at the start"),
     "warmup_teacher_temp_epochs": (30, 0, "epochs over which tau_t rises"),
     "center_momentum": (0.9, 0.9, "m of Eq. 4"),
-    "momentum": (0.996, 0.996, "the teacher's lambda at the start; it ends at 1"),
-    "epochs": (100, 14, "passes over the data"),
-    "batch": (64, 64, "images a process a step"),
+    "momentum": (0.996, 0.99, "the teacher's lambda at the start; it ends at 1"),
+    "epochs": (100, 16, "passes over the data"),
+    "batch": (64, 32, "images a process a step"),
     "accumulate": (1, 1, "batches a step, for a larger global batch on the same memory"),
     "optimizer": ("adamw", "adamw", "adamw or sgd"),
-    "lr": (5e-4, 8e-3, "peak learning rate for a global batch of 256; it scales with the batch"),
+    "lr": (5e-4, 1.6e-2, "peak learning rate for a global batch of 256; it scales with the batch"),
     "min_lr": (1e-6, 1e-5, "learning rate at the end"),
     "warmup_epochs": (10, 1, "epochs over which the learning rate rises"),
     "weight_decay": (0.04, 0.04, "weight decay at the start"),
     "weight_decay_end": (0.4, 0.04, "weight decay at the end"),
     "clip": (3.0, 3.0, "largest norm of the gradient, 0 for any"),
-    "freeze_last_layer": (1, 1, "epochs during which the head's last layer stays as it is"),
+    "freeze_last_layer": (1, 0, "epochs during which the head's last layer stays as it is"),
 }
 RESNET = {  # where the paper's recipe for ResNet-50 differs
     "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "weight_decay_end": 1e-4, "drop_path": 0.0, "global_scale": (0.14, 1.0), "local_scale": (0.05, 0.14)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 ARCHITECTURES = {  # the head width is 64 in the paper's; vit_micro is ours, for a laptop's CPU
-    "vit_micro": dict(dim=64, depth=4, heads=4),
+    "vit_micro": dict(dim=64, depth=2, heads=2),
     "vit_tiny": dict(dim=192, depth=12, heads=3),
     "vit_small": dict(dim=384, depth=12, heads=6),
     "vit_base": dict(dim=768, depth=12, heads=12),
@@ -35,6 +35,11 @@ SAFE = [  # what a checkpoint may hold besides tensors and plain values: the aut
     argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8")),
     *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]  # fmt: skip
+
+
+def init_std(width):
+    """Standard deviation of a layer's first weights: the paper's 0.02; 1 / sqrt(width) where that is far too small, or all images' tokens would look alike."""
+    return 0.02 if width >= 192 else width**-0.5
 
 
 class PatchEmbed(nn.Module):
@@ -123,7 +128,10 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (image_size // patch) ** 2, dim))
         self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / max(1, depth - 1)) for i in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.apply(init_weights)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=init_std(dim))
+                nn.init.zeros_(layer.bias)
         for embedding in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(embedding, std=0.02)
 
@@ -164,13 +172,6 @@ class ViT(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x)
         return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x), rows)
-
-
-def init_weights(module):
-    """Truncated normal of standard deviation 0.02 and zero bias for every linear layer."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 def resnet50(image_size=224):

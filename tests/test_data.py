@@ -1,3 +1,4 @@
+import colorsys
 import os
 
 import pytest
@@ -14,11 +15,39 @@ def test_shapes_are_deterministic_labelled_and_masked():
     for i in range(20):
         image, mask = train[i], train.mask(i)
         assert image.shape == (3, 64, 64) and image.dtype == torch.uint8 and mask.shape == (64, 64)
-        objects = mask.unique().tolist()
-        assert objects == list(range(len(objects))) and 2 <= len(objects) <= 6
-        for number in objects[1:]:  # an object is of one colour, apart from its antialiased edge
-            pixels = image[:, mask == number].float()
-            assert ((pixels - pixels.median(1, keepdim=True).values).abs().amax(0) < 3).float().mean() > 0.5
+        assert mask.unique().tolist() == [0, 1] and 0.12 < mask.float().mean() < 0.3
+
+
+def test_position_size_and_mean_color_do_not_tell_the_class_but_the_step_in_hue_does():
+    def simple(shapes):
+        """Position, size and mean colour of the object in each image."""
+        rows = []
+        for i in range(len(shapes)):
+            inside = shapes.mask(i).nonzero().float()
+            color = shapes[i][:, shapes.mask(i) == 1].float().mean(1)
+            rows.append(torch.cat([inside.mean(0), inside.std(0), torch.tensor([len(inside) ** 0.5]), color / 4]))
+        rows = torch.stack(rows)
+        return (rows - rows.mean(0)) / rows.std(0), torch.tensor(shapes.labels)
+
+    (x, y), (x2, y2) = simple(Shapes("train", 2000)), simple(Shapes("val", 500))
+    probe = torch.nn.Linear(x.shape[1], 10)
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(probe(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert (probe(x2).argmax(1) == y2).float().mean() < 0.25
+
+    shapes = Shapes("val", 50)
+    for i in range(50):
+        image, inside = shapes[i], shapes.mask(i).nonzero()
+        (y, x), (top, column) = inside.float().mean(0).round().long(), inside[0]  # the middle lies in the core, below the topmost pixel is the rim
+        core, rim = (colorsys.rgb_to_hsv(*(color / 255).tolist())[0] for color in (image[:, y, x], image[:, top + 1, column]))
+        assert abs((core - rim - shapes.labels[i] / 10 + 0.5) % 1 - 0.5) < 0.05
 
 
 def test_images_of_every_mode_become_rgb(folder):
