@@ -140,7 +140,7 @@ class Torchvision:
 
 
 class Shapes:
-    """The built-in data: one object, a core in a rim, on noise that differs from image to image, and a mask of it. No file, no download.
+    """The built-in data: one object, a core in a rim of other colour, on noise, and a mask of it. No file, no download.
 
     The class is the step in hue from the rim to the core, in tenths of a turn: neither colour alone tells it, nor do place, size, outline or background.
     Image i is drawn from (seed, split, i) alone.
@@ -163,21 +163,21 @@ class Shapes:
     def draw(self, i):
         """(PIL image, PIL mask): the mask is 0 on the background and 1 on the object."""
         rng, size = Random(f"shapes {self.seed} {self.split} {i}"), self.size
-        image = Image.frombytes("RGB", (16, 16), bytes(255 * rng.getrandbits(1) for _ in range(768))).resize((size, size), Image.NEAREST)
-        radius = size * math.sqrt(rng.uniform(0.16, 0.26) / math.pi)
+        image = Image.frombytes("L", (16, 16), bytes(255 * rng.getrandbits(1) for _ in range(256))).convert("RGB").resize((size, size), Image.NEAREST)
+        radius = size * math.sqrt(rng.uniform(0.14, 0.24) / math.pi)
         waves = [(k, rng.uniform(0, 0.2 / k), rng.uniform(0, 2 * math.pi)) for k in (2, 3, 4)]
         angles = [2 * math.pi * j / 48 for j in range(48)]
         radii = [radius * (1 + sum(height * math.cos(k * angle + phase) for k, height, phase in waves)) for angle in angles]
         x, y = (rng.uniform(max(radii), size - max(radii)) for _ in range(2))
         rim = rng.randrange(5) / 5  # hues, in turns
-        for hue, scale in ((rim, 1), (rim + self.labels[i] / len(self.classes), rng.uniform(0.55, 0.8))):
+        for hue, scale in ((rim, 1), (rim + self.labels[i] / len(self.classes), rng.uniform(0.5, 0.85))):
             body = Image.new("L", (2 * size, 2 * size))  # twice as large, then reduced: antialiased
             outline = [(2 * (x + scale * r * math.cos(angle)), 2 * (y + scale * r * math.sin(angle))) for r, angle in zip(radii, angles)]
             ImageDraw.Draw(body).polygon(outline, fill=255)
             body = body.reduce(2)
             if scale == 1:
                 mask = body.point(lambda value: int(value > 127))
-            image.paste(tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.5, 1), rng.uniform(0.5, 1))), mask=body)
+            image.paste(tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.4, 1), rng.uniform(0.4, 1))), mask=body)
         return image, mask
 
     def __getitem__(self, i):
