@@ -170,7 +170,7 @@ class Shapes:
         radii = [radius * (1 + sum(height * math.cos(k * angle + phase) for k, height, phase in waves)) for angle in angles]
         x, y = (rng.uniform(max(radii), size - max(radii)) for _ in range(2))
         rim = rng.randrange(5) / 5  # hues, in turns
-        for hue, scale in ((rim, 1), (rim + self.labels[i] / len(self.classes), rng.uniform(0.5, 0.85))):
+        for hue, scale in ((rim, 1), (rim + self.labels[i] / len(self.classes), rng.uniform(0.5, 0.7))):
             body = Image.new("L", (2 * size, 2 * size))  # twice as large, then reduced: antialiased
             outline = [(2 * (x + scale * r * math.cos(angle)), 2 * (y + scale * r * math.sin(angle))) for r, angle in zip(radii, angles)]
             ImageDraw.Draw(body).polygon(outline, fill=255)
