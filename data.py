@@ -164,7 +164,7 @@ class Shapes:
         """(PIL image, PIL mask): the mask is 0 on the background and 1 on the object."""
         rng, size = Random(f"shapes {self.seed} {self.split} {i}"), self.size
         image = Image.frombytes("L", (16, 16), bytes(255 * rng.getrandbits(1) for _ in range(256))).convert("RGB").resize((size, size), Image.NEAREST)
-        radius = size * math.sqrt(rng.uniform(0.14, 0.24) / math.pi)
+        radius = size * math.sqrt(rng.uniform(0.15, 0.25) / math.pi)
         waves = [(k, rng.uniform(0, 0.2 / k), rng.uniform(0, 2 * math.pi)) for k in (2, 3, 4)]
         angles = [2 * math.pi * j / 48 for j in range(48)]
         radii = [radius * (1 + sum(height * math.cos(k * angle + phase) for k, height, phase in waves)) for angle in angles]

@@ -314,7 +314,7 @@ def evaluate(args, device, ranks):
         kind = dict(last=last, mean_patches=vit and (not small if args.mean_patches is None else args.mean_patches))
         see = partial(represent, device=device, dtype=dtype, **kind)
         (heads, (top1, top5, loss)), *base = (linear(network, train, val, partial(extract, **kind), see, args, ranks) for network in networks)
-        tokens = f"class tokens of the last {last} blocks" + ", mean patch token" * kind["mean_patches"] if vit else "pooled features"
+        tokens = f"class tokens of the last {last} block{'s' * (last > 1)}" + ", mean patch token" * kind["mean_patches"] if vit else "pooled features"
         how = "central crops' features, extracted once: not the paper's protocol" if args.cached else "random crops"
         say(f"{data}: {len(train)} images to train on, {len(val)} to test on, {len(train.classes)} classes; {tokens}; {args.epochs} epochs on {how}")
         say(f"{'lr':>7}  {'top-1 %':>8}  {'top-5 %':>8}  {'loss':>6}" + f"  {'untrained %':>11}" * len(base))

@@ -16,7 +16,7 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-ARCHITECTURES = {  # the head width is 64 in the paper's; vit_micro is ours, for a laptop's CPU
+ARCHITECTURES = {  # the head width is 64 in the paper's; vit_micro is ours, for a laptop's CPU: the README says why one block
     "vit_micro": dict(dim=64, depth=1, heads=2),
     "vit_tiny": dict(dim=192, depth=12, heads=3),
     "vit_small": dict(dim=384, depth=12, heads=6),
@@ -293,7 +293,8 @@ def amp_dtype(amp, device):
 def describe(backbone):
     if not isinstance(backbone, ViT):
         return "ResNet-50"
-    name = f"ViT of width {backbone.dim}, {len(backbone.blocks)} blocks, {backbone.blocks[0].attn.heads} heads"
+    depth = len(backbone.blocks)
+    name = f"ViT of width {backbone.dim}, {depth} block{'s' * (depth > 1)}, {backbone.blocks[0].attn.heads} heads"
     return f"{name}, patch {backbone.patch}, trained at {backbone.image_size} pixels"
 
 

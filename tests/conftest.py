@@ -10,8 +10,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)  # for the commands that tests start
 
+import vit  # noqa: E402, after the path to it
+
+vit.ARCHITECTURES["vit_micro"].update(depth=4, heads=4)  # in these tests: several blocks and heads are to be told apart
+
 TINY = (
-    "--global_size 16 --local_size 8 --local_crops 2 --out_dim 64 --hidden_dim 32 --bottleneck_dim 16 --batch 4 --workers 0 "
+    "--patch 8 --global_size 16 --local_size 8 --local_crops 2 --out_dim 64 --hidden_dim 32 --bottleneck_dim 16 --batch 4 --workers 0 "
     "--device cpu --knn_bank 20 --log_every 1"
 ).split()
 
