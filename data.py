@@ -142,7 +142,7 @@ class Torchvision:
 class Shapes:
     """The built-in data: one object, a core in a rim of other colour, on noise, and a mask of it. No file, no download.
 
-    The class is the step in hue from the rim to the core, in tenths of a turn: neither colour alone tells it, nor do place, size, outline or background.
+    The class is the step in hue from the rim to the core, in tenths of a turn: the rim's colour does not tell it (the core's only whether it is even), nor do place, size, outline or background.
     Image i is drawn from (seed, split, i) alone.
     """
 
