@@ -10,10 +10,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)  # for the commands that tests start
 
-import vit  # noqa: E402, after the path to it
-
-vit.ARCHITECTURES["vit_micro"].update(depth=4, heads=4)  # in these tests: several blocks and heads are to be told apart
-
 TINY = (
     "--patch 8 --global_size 16 --local_size 8 --local_crops 2 --out_dim 64 --hidden_dim 32 --bottleneck_dim 16 --batch 4 --workers 0 "
     "--device cpu --knn_bank 20 --log_every 1"
@@ -23,6 +19,14 @@ TINY = (
 @pytest.fixture(autouse=True)
 def same_every_time():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def several_blocks(monkeypatch):
+    """Gives vit_micro four blocks and four heads, to be told apart, in this process alone."""
+    import vit
+
+    monkeypatch.setitem(vit.ARCHITECTURES, "vit_micro", dict(dim=64, depth=4, heads=4))
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def place(tmp_path_factory):
     image.save(place / "image.png")
     (place / "text.jpg").write_text("no image")
     (place / "bomb.png").write_bytes(png(100_000, 100_000))
-    (place / "cut.png").write_bytes((place / "image.png").read_bytes()[:900])
+    (place / "cut.png").write_bytes((place / "image.png").read_bytes()[:400])
     backbone = build_backbone("vit_micro", 8, 16)
     torch.save(export(backbone), place / "bare.pth")
     torch.save({"teacher": train.Network(backbone, DINOHead(64, 8, 8, 4)).state_dict(), "args": {"data": "gone"}}, place / "gone.pth")
@@ -133,7 +133,7 @@ TRAIN = [  # flags of train.py, what the line says; --data good --output out com
     ("--output image.png", "image.png"),
     ("--output image.png/run", "image.png"),
     ("--output run --data good --seed 5", "seed 0 -> 5): choose another --output"),
-    ("--output run --data good --lr 0.5", "lr 0.008 -> 0.5): choose another --output, or --overwrite it"),
+    ("--output run --data good --lr 0.5", "lr 0.016 -> 0.5): choose another --output, or --overwrite it"),
     ("--output run-foreign", "run-foreign/last.pth is no run to resume"),
     ("--output run-old", "run-old/last.pth is no run to resume, or of another version"),
     ("--output run-cut", "run-cut/last.pth' is not a readable checkpoint: cut short"),

@@ -15,6 +15,8 @@ import vit
 from head import DINOHead
 from vit import build_backbone, export, load_backbone
 
+pytestmark = pytest.mark.usefixtures("several_blocks")
+
 IMAGES = torch.randn(2, 3, 16, 16)
 
 

@@ -20,6 +20,8 @@ from train import Network
 from vit import build_backbone, resnet50
 from visualize import attention_maps, keep_mass
 
+pytestmark = pytest.mark.usefixtures("several_blocks")
+
 CPU = torch.device("cpu")
 
 

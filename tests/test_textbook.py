@@ -14,6 +14,8 @@ from data import Batches, Shapes, Views
 from head import DINOHead
 from vit import build_backbone
 
+pytestmark = pytest.mark.usefixtures("several_blocks")
+
 
 @pytest.mark.parametrize("arch, heads", [("vit_tiny", 3), ("vit_small", 6), ("vit_base", 12)])
 @pytest.mark.parametrize("patch", [16, 8])

@@ -17,6 +17,8 @@ from augment import normalize
 from data import Shapes, to_tensor
 from vit import ViT, build_backbone, resnet50
 
+pytestmark = pytest.mark.usefixtures("several_blocks")
+
 
 def bright(patch=8):
     """A network of one block and two heads whose class token attends to bright patches: the first head strongly, the second not at all."""
