@@ -160,8 +160,9 @@ def views(batch, device):
         if v == 0:  # no local crops
             continue
         flat = rearrange(group.to(device, non_blocking=True), "b v c h w -> (v b) c h w")
-        x = photometry(flat, rearrange(parameters[:, start : start + v], "b v p -> (v b) p"))
-        out.append(rearrange(x, "(v b) c h w -> v b c h w", v=v))
+        n = max(1, 2**21 // flat[0].numel()) if flat.device.type == "cpu" else len(flat)  # a CPU takes as many at a time as its cache holds
+        parts = zip(flat.split(n), rearrange(parameters[:, start : start + v], "b v p -> (v b) p").split(n))
+        out.append(rearrange(torch.cat([photometry(*part) for part in parts]), "(v b) c h w -> v b c h w", v=v))
         start += v
     return out
 

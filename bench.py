@@ -2,7 +2,7 @@
 
     python bench.py [--quick]
 
-The textbook is per-image multi-crop in PIL, explicit attention, Algorithm 1's loss pair by pair, and a loop over the parameters for clipping, AdamW and EMA.
+The textbook is per-image multi-crop in PIL, explicit attention, all tokens through the last block, Algorithm 1's loss pair by pair, and a loop over the parameters for clipping, AdamW and EMA.
 Both run in turns in one process; the medians are compared. Peak memory is what one version alone, in a fresh process, takes above what it starts with.
 """
 
@@ -32,11 +32,16 @@ from loss import batch_center, dino_loss, update_center
 from run import command, say
 from train import Network, parameter_groups
 from train import parse_args as recipe
-from vit import Attention, build_backbone, usable_device
+from vit import Attention, ViT, build_backbone, usable_device
+
+
+class PlainViT(ViT):
+    def forward(self, images):
+        return self.tokens(images)[-1][:, 0]
 
 
 class PlainAttention(Attention):
-    def forward(self, x):
+    def forward(self, x, rows=None):
         q, k, v = self.split(x)
         weights = (q @ rearrange(k, "b heads n d -> b heads d n") * q.shape[-1] ** -0.5).softmax(-1)
         return self.proj(rearrange(weights @ v, "b heads n d -> b n (heads d)"))
@@ -107,6 +112,7 @@ def network(plain, args):
     backbone = build_backbone(args.arch, args.patch, args.global_size, args.drop_path)
     head = DINOHead(backbone.dim, args.out_dim, args.hidden_dim, args.bottleneck_dim)
     if plain:
+        backbone.__class__ = PlainViT
         for block in backbone.blocks:
             block.attn.__class__ = PlainAttention
         head.last_layer = nn.utils.parametrizations.weight_norm(nn.Linear(args.bottleneck_dim, args.out_dim, bias=False))
@@ -145,7 +151,10 @@ def step(plain, device, images, flags):
             with torch.no_grad() if plain else torch.inference_mode():
                 t = teacher(crops[0])
             s = student(*crops)
-        loss(s.float(), t.float(), center, 0.1, 0.04).backward()
+        total = loss(s.float(), t.float(), center, 0.1, 0.04)
+        if not plain:
+            del s  # as in train.py
+        total.backward()
         follow()
         student.zero_grad()
         update_center(center, batch_center(t), 0.9)
@@ -175,7 +184,10 @@ def head_and_loss(plain, device, images, flags):
 
     def run():
         student = rearrange(head(tokens), "(v b) k -> v b k", b=images)
-        (plain_loss if plain else dino_loss)(student, teacher, center, 0.1, 0.04).backward()
+        total = (plain_loss if plain else dino_loss)(student, teacher, center, 0.1, 0.04)
+        if not plain:
+            del student  # as in train.py
+        total.backward()
 
     return run
 

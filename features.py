@@ -48,7 +48,7 @@ def represent(backbone, crops, device, last=1, mean_patches=False, dtype=None):
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         if not isinstance(backbone, ViT):
             return backbone(images).float()
-        tokens = backbone.tokens(images, last).float()
+        tokens = backbone.tokens(images, last, None if mean_patches else 1).float()
     return torch.cat([*tokens[:, :, 0]] + [tokens[-1, :, 1:].mean(1)] * mean_patches, -1)
 
 

@@ -177,6 +177,7 @@ def train(args, device, rank, world):
                         t = teacher(crops[0])
                     s = forward(*crops)
                 part = dino_loss(s, t, center, args.student_temp, teacher_temp) / args.accumulate
+                del s  # backward does not need these: with K = 65536 they are large
                 scaler.scale(part).backward()
             loss, mean = loss + part.detach(), mean + batch_center(t) / args.accumulate
             if log:

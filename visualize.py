@@ -116,7 +116,7 @@ def draw_panels(rows, path, note):
         for axis, (title, pixels) in zip(places, row.items()):
             axis.imshow(pixels.numpy())
             axis.set_title(title, fontsize=8, pad=3)
-    figure.supxlabel(note, fontsize=8)
+    figure.supxlabel(note, fontsize=8, wrap=True)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 

@@ -55,7 +55,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, [b, n, d] -> [b, n, d]."""
+    """Multi-head self-attention, [b, n, d] -> [b, n, d], or its first rows alone."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -66,9 +66,9 @@ class Attention(nn.Module):
     def split(self, x):
         return rearrange(self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
 
-    def forward(self, x):
+    def forward(self, x, rows=None):
         q, k, v = self.split(x)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)"))
+        return self.proj(rearrange(F.scaled_dot_product_attention(q[:, :, :rows], k, v), "b heads n d -> b n (heads d)"))
 
     def weights(self, x, rows=None):
         """softmax(q k^T / sqrt(d)), [b, heads, n, n], or its first rows alone: computed only where somebody wants to look at it."""
@@ -87,7 +87,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block. drop_path skips a branch for a whole image, in training only (stochastic depth)."""
+    """Pre-norm block, [b, n, d] -> [b, n, d] or its first rows alone. drop_path skips a branch for a whole image, in training only (stochastic depth)."""
 
     def __init__(self, dim, heads, drop_path):
         super().__init__()
@@ -103,8 +103,8 @@ class Block(nn.Module):
         keep = 1 - self.drop_path
         return branch * (branch.new_empty(len(branch), 1, 1).bernoulli_(keep) / keep)
 
-    def forward(self, x):
-        x = x + self.drop(self.attn(self.norm1(x)))
+    def forward(self, x, rows=None):
+        x = x[:, :rows] + self.drop(self.attn(self.norm1(x), rows))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -154,17 +154,20 @@ class ViT(nn.Module):
         x = torch.cat([repeat(self.cls_token, "1 1 d -> b 1 d", b=b), self.patch_embed(images)], 1)
         return x + self.position_embeddings(h // self.patch, w // self.patch)
 
-    def tokens(self, images, last=1):
-        """[last, b, 1 + n, d]: what the last blocks put out, each through the final norm; the class token comes first."""
+    def tokens(self, images, last=1, rows=None):
+        """[last, b, 1 + n, d]: what the last blocks put out, each through the final norm; the class token comes first.
+
+        rows: the first rows alone, for which the last block need not compute the others.
+        """
         x, outputs = self.embed(images), []
-        for i, block in enumerate(self.blocks):
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(x)
-            if i >= len(self.blocks) - last:
-                outputs.append(self.norm(x))
-        return torch.stack(outputs)
+        for block in self.blocks:
+            wanted = rows if block is self.blocks[-1] else None
+            x = checkpoint(block, x, wanted, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(x, wanted)
+            outputs = [*outputs, x[:, :rows]][-last:]
+        return self.norm(torch.stack(outputs))
 
     def forward(self, images):
-        return self.tokens(images)[-1][:, 0]
+        return self.tokens(images, rows=1)[-1][:, 0]
 
     def attention(self, images, rows=None):
         """[b, heads, 1 + n, 1 + n]: the last block's attention, or its first rows alone. Row 0 is the class token's, which Figures 1 and 4 show."""
