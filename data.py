@@ -140,10 +140,10 @@ class Torchvision:
 
 
 class Shapes:
-    """The built-in data: one object, a core in a rim of other colour, on noise, and a mask of it. No file, no download.
+    """The built-in data: one object, a core in a rim of other colour, both of mottled cells, on noise, and a mask of it. No file, no download.
 
-    The class is the step in hue from the rim to the core, in tenths of a turn: the rim's colour does not tell it (the core's only whether it is even), nor do place, size, outline or background.
-    Image i is drawn from (seed, split, i) alone.
+    The class is the step in hue from the rim to the core, in tenths of a turn: neither one's colour tells it, nor do place, size, outline or background.
+    Each cell strays from its hue, so that only many together show it. Image i is drawn from (seed, split, i) alone.
     """
 
     classes = [f"core {36 * step} degrees from rim" for step in range(10)]
@@ -160,16 +160,20 @@ class Shapes:
     def name(self, i):
         return f"{self.classes[self.labels[i]]}, {i}"
 
+    def cells(self, mode, values):
+        """A PIL image of 16 x 16 cells of one colour each."""
+        return Image.frombytes(mode, (16, 16), bytes(round(255 * value) for value in values)).convert("RGB").resize((self.size, self.size), Image.NEAREST)
+
     def draw(self, i):
         """(PIL image, PIL mask): the mask is 0 on the background and 1 on the object."""
         rng, size = Random(f"shapes {self.seed} {self.split} {i}"), self.size
-        image = Image.frombytes("L", (16, 16), bytes(255 * rng.getrandbits(1) for _ in range(256))).convert("RGB").resize((size, size), Image.NEAREST)
+        image = self.cells("L", (rng.getrandbits(1) for _ in range(256)))
         radius = size * math.sqrt(rng.uniform(0.15, 0.25) / math.pi)
         waves = [(k, rng.uniform(0, 0.2 / k), rng.uniform(0, 2 * math.pi)) for k in (2, 3, 4)]
         angles = [2 * math.pi * j / 48 for j in range(48)]
         radii = [radius * (1 + sum(height * math.cos(k * angle + phase) for k, height, phase in waves)) for angle in angles]
         x, y = (rng.uniform(max(radii), size - max(radii)) for _ in range(2))
-        rim = rng.randrange(5) / 5  # hues, in turns
+        rim = rng.randrange(6) / 6  # hues, in turns
         for hue, scale in ((rim, 1), (rim + self.labels[i] / len(self.classes), rng.uniform(0.5, 0.7))):
             body = Image.new("L", (2 * size, 2 * size))  # twice as large, then reduced: antialiased
             outline = [(2 * (x + scale * r * math.cos(angle)), 2 * (y + scale * r * math.sin(angle))) for r, angle in zip(radii, angles)]
@@ -177,7 +181,8 @@ class Shapes:
             body = body.reduce(2)
             if scale == 1:
                 mask = body.point(lambda value: int(value > 127))
-            image.paste(tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.4, 1), rng.uniform(0.4, 1))), mask=body)
+            colors = (colorsys.hsv_to_rgb((hue + rng.uniform(-0.1, 0.1)) % 1, rng.uniform(0.4, 1), rng.uniform(0.4, 1)) for _ in range(256))
+            image.paste(self.cells("RGB", (value for color in colors for value in color)), mask=body)
         return image, mask
 
     def __getitem__(self, i):

@@ -234,7 +234,7 @@ def parse_args(argv=None):
     parser.add_argument("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="knn: neighbours (the paper's: 10 20 100 200, 20 is best)")
     parser.add_argument("--cached", action="store_true", help="linear: train on features extracted once, in seconds; not the paper's protocol")
     parser.add_argument("--epochs", type=int, default=100, help="linear: passes over the data (the paper's: 100)")
-    parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3], help="linear: learning rates for a batch of 256")
+    parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3], help="linear: learning rates for a batch of 256")
     parser.add_argument("--last", type=int, help="linear: how many blocks' class tokens (default, as in the paper: 4; from width 768 on 1)")
     parser.add_argument("--mean_patches", action=argparse.BooleanOptionalAction, help="linear: the mean patch token too (default: from width 768 on)")
     parser.add_argument("--mass", type=float, default=0.6, help="masks: share of the attention inside (the paper's: 0.6)")
