@@ -107,8 +107,8 @@ def draw_panels(rows, path, note):
     lines = math.ceil(len(rows[0]) / 9)
     columns = math.ceil(len(rows[0]) / lines)
     ratios = [min(4, max(0.2, pixels.shape[0] / pixels.shape[1])) for row in rows for pixels in [next(iter(row.values()))] * lines]
-    figure = Figure(figsize=(1.45 * columns, sum(1.45 * ratio + 0.25 for ratio in ratios) + 0.25), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    figure = Figure(figsize=(1.45 * columns, sum(1.45 * ratio + 0.25 for ratio in ratios) + 0.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.04, wspace=0, hspace=0)
     axes = rearrange(figure.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios), "(rows lines) columns -> rows (lines columns)", lines=lines)
     for axis in axes.flat:
         axis.axis("off")
@@ -117,7 +117,7 @@ def draw_panels(rows, path, note):
             axis.imshow(pixels.numpy())
             axis.set_title(title, fontsize=8, pad=3)
     figure.supxlabel(note, fontsize=8, wrap=True)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100, pil_kwargs={"optimize": True}))
 
 
 def draw_attention(backbone, images, path, sizes=(None,), mass=0.6, smooth=False):
@@ -161,7 +161,7 @@ def draw_curves(lines, path, out_dim):
             axis.plot([line["epoch"] for line in known], [line[name] for line in known], color=color, label=label, marker="." if len(known) < 20 else None)
         for label, level in levels.items():
             axis.axhline(level, color="gray", linestyle=":")
-            axis.text(1, level, label, transform=axis.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+            axis.text(1, level, label, transform=axis.get_yaxis_transform(), ha="right", va="bottom" if level else "top", fontsize=8)
         if len(curves) > 1:
             axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper left", borderaxespad=0, handlelength=1, columnspacing=1)
         axis.margins(y=0.3 if len(curves) > 1 else 0.15)  # room for the labels
