@@ -160,11 +160,12 @@ class ViT(nn.Module):
         rows: the first rows alone, for which the last block need not compute the others.
         """
         x, outputs = self.embed(images), []
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             wanted = rows if block is self.blocks[-1] else None
             x = checkpoint(block, x, wanted, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(x, wanted)
-            outputs = [*outputs, x[:, :rows]][-last:]
-        return self.norm(torch.stack(outputs))
+            if i >= len(self.blocks) - last:
+                outputs.append(self.norm(x[:, :rows]))
+        return torch.stack(outputs)
 
     def forward(self, images):
         return self.tokens(images, rows=1)[-1][:, 0]
