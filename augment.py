@@ -12,10 +12,9 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, reduce, repeat
+from einops import rearrange, reduce, repeat
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-GRAY = (0.299, 0.587, 0.114)
 ORDERS = torch.tensor(list(permutations(range(4))))  # the orders in which colour jitter may apply its four operations
 PARAMETERS = ("brightness", "contrast", "saturation", "hue", "order", "gray", "sigma", "solarize")
 
@@ -48,7 +47,7 @@ def draw_parameters(rng: Random, blur, solarize):
     brightness, contrast, saturation, hue, order = (
         rng.uniform(0.6, 1.4), rng.uniform(0.6, 1.4), rng.uniform(0.8, 1.2), rng.uniform(-0.1, 0.1), rng.randrange(len(ORDERS))
     )  # fmt: skip
-    colour = [brightness, contrast, saturation, hue, order] if jitter else [1, 1, 1, 0, 0]
+    colour = [brightness, contrast, saturation, hue, order] if jitter else [1, 1, 1, 0, -1]
     sigma = rng.uniform(0.1, 2.0) if rng.random() < blur else 0
     return [*colour, rng.random() < 0.2, sigma, rng.random() < solarize]
 
@@ -79,7 +78,9 @@ def constant(values, device):
 
 
 def grayscale(x):
-    return einsum(x, constant(GRAY, x.device), "b c h w, c -> b h w")[:, None]
+    """[b, 3, h, w] -> [b, 1, h, w]"""
+    r, g, b = x.unbind(1)
+    return (0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)[:, None]
 
 
 def chosen(mask, device):
@@ -87,36 +88,35 @@ def chosen(mask, device):
     return mask.nonzero()[:, 0].to(device, non_blocking=True)
 
 
-def mix(x, matrix, shift):
-    """Each pixel's colour through a 3 x 3 matrix: x [b, 3, h, w], matrix [b, 3, 3], shift [b]."""
-    pixels = rearrange(x, "b c h w -> b c (h w)")
-    return rearrange(torch.baddbmm(shift[:, None, None], matrix, pixels), "b c (h w) -> b c h w", h=x.shape[2])
-
-
 def shift_hue(x, shift):
-    """Turns the hue of [b, 3, h, w] by shift [b] turns, through HSV, without a branch per pixel."""
+    """Turns the hue of [b, 3, h, w] by shift [b] turns, at most a sixth, without a branch per pixel.
+
+    Round the circle of hues a channel stays at the pixel's highest value, falls to its lowest, stays there and rises again, each third and sixth of a turn.
+    On both slopes it is 2 x - middle within those bounds; a turn moves the falling one down and the rising one up.
+    """
     r, g, b = x.unbind(1)
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    safe = chroma.clamp_min(1e-8)
-    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    k = constant((11.0, 9.0, 7.0), x.device)[:, None, None] + (hue + 6 * shift[:, None, None])[:, None]  # positive, in sixths of a turn
-    k = k.div_(6).frac_().mul_(6)
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+    high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    step = 6 * shift[:, None, None] * (high - low)
+    rising = torch.stack([b - g, r - b, g - r], 1).sign_()
+    turned = rising.mul_(step[:, None]).add_(x, alpha=2).sub_((r + g + b - high - low)[:, None])
+    return torch.clamp(turned, low[:, None], high[:, None])
+
+
+def blend(x, operation, factor):
+    """Brightness (0), contrast (1) or saturation (2), in place: [b, 3, h, w] is mixed with black, its mean grey or each pixel's grey, as operation [b] says."""
+    gray = grayscale(x)
+    mean = reduce(gray, "b c h w -> b c 1 1", "mean")
+    contrast, saturation = (rearrange((operation == i).float(), "b -> b 1 1 1") for i in (1, 2))
+    return x.lerp_(torch.addcmul(contrast * mean, saturation, gray), rearrange(1 - factor, "b -> b 1 1 1")).clamp_(0, 1)
 
 
 def jitter(x, brightness, contrast, saturation, hue, order):
-    """Colour jitter of [b, 3, h, w] in [0, 1], each sample with its own factors [b] and its own order of operations, which lies on the host.
-
-    Brightness, contrast and saturation blend with black, with the mean grey, and with each pixel's grey: they are linear in the colour.
-    """
-    eye, gray = torch.eye(3, device=x.device), constant(GRAY, x.device)
+    """Colour jitter of [b, 3, h, w] in [0, 1], in place, each sample with its own factors [b] and its own order of operations, which lies on the host; -1: none."""
     factors = torch.stack([brightness, contrast, saturation, torch.ones_like(hue)], 1)
     for operation in ORDERS[order.long()].unbind(1):
-        turned = chosen(operation == 3, x.device)
+        turned = chosen((operation == 3) & (order >= 0), x.device)
         operation = operation.to(x.device, non_blocking=True)
-        keep = factors.gather(1, operation[:, None])[:, 0]
-        mean = reduce(x, "b c h w -> b c", "mean") @ gray
-        x = mix(x, keep[:, None, None] * eye + ((1 - keep) * (operation == 2))[:, None, None] * gray, (1 - keep) * (operation == 1) * mean).clamp_(0, 1)
+        blend(x, operation, factors.gather(1, operation[:, None])[:, 0])
         x[turned] = shift_hue(x[turned], hue[turned])
     return x
 
@@ -135,8 +135,8 @@ def photometry(crops, parameters):
     """uint8 [b, 3, h, w] and the parameters [b, 8] drawn for them (on the host) -> normalised float32 [b, 3, h, w] on the crops' device."""
     device = crops.device
     host = dict(zip(PARAMETERS, parameters.unbind(1)))
-    brightness, contrast, saturation, hue, _, _, sigma, _ = parameters.to(device, non_blocking=True).unbind(1)
-    x = jitter(crops.float().div_(255), brightness, contrast, saturation, hue, host["order"])
+    *factors, _, _, sigma, _ = parameters.to(device, non_blocking=True).unbind(1)
+    x = jitter(crops.float().div_(255), *factors, host["order"])
     gray, blurred, solarized = (chosen(host[name] > 0, device) for name in ("gray", "sigma", "solarize"))
     x[gray] = repeat(grayscale(x[gray]), "b 1 h w -> b 3 h w")
     if len(blurred):
@@ -160,7 +160,7 @@ def views(batch, device):
         if v == 0:  # no local crops
             continue
         flat = rearrange(group.to(device, non_blocking=True), "b v c h w -> (v b) c h w")
-        n = max(1, 2**21 // flat[0].numel()) if flat.device.type == "cpu" else len(flat)  # a CPU takes as many at a time as its cache holds
+        n = max(1, 2**20 // flat[0].numel()) if flat.device.type == "cpu" else len(flat)  # a CPU takes as many at a time as its cache holds
         parts = zip(flat.split(n), rearrange(parameters[:, start : start + v], "b v p -> (v b) p").split(n))
         out.append(rearrange(torch.cat([photometry(*part) for part in parts]), "(v b) c h w -> v b c h w", v=v))
         start += v

@@ -63,17 +63,23 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def split(self, x):
-        return rearrange(self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
+    def split(self, x, rows=None):
+        """q of the first rows, k and v of all, each [b, heads, n, d]."""
+        if rows is None:
+            return rearrange(self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
+        sizes = x.shape[-1], 2 * x.shape[-1]
+        (wq, wkv), (bq, bkv) = self.qkv.weight.split(sizes), self.qkv.bias.split(sizes)
+        q = rearrange(F.linear(x[:, :rows], wq, bq), "b n (heads d) -> b heads n d", heads=self.heads)
+        return q, *rearrange(F.linear(x, wkv, bkv), "b n (two heads d) -> two b heads n d", two=2, heads=self.heads)
 
     def forward(self, x, rows=None):
-        q, k, v = self.split(x)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q[:, :, :rows], k, v), "b heads n d -> b n (heads d)"))
+        q, k, v = self.split(x, rows)
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)"))
 
     def weights(self, x, rows=None):
         """softmax(q k^T / sqrt(d)), [b, heads, n, n], or its first rows alone: computed only where somebody wants to look at it."""
-        q, k, _ = self.split(x)
-        return (q[:, :, :rows] @ rearrange(k, "b heads n d -> b heads d n") * q.shape[-1] ** -0.5).softmax(-1)
+        q, k, _ = self.split(x, rows)
+        return (q @ rearrange(k, "b heads n d -> b heads d n") * q.shape[-1] ** -0.5).softmax(-1)
 
 
 class Mlp(nn.Module):
