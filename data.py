@@ -173,7 +173,7 @@ class Shapes:
         angles = [2 * math.pi * j / 48 for j in range(48)]
         radii = [radius * (1 + sum(height * math.cos(k * angle + phase) for k, height, phase in waves)) for angle in angles]
         x, y = (rng.uniform(max(radii), size - max(radii)) for _ in range(2))
-        rim = rng.randrange(6) / 6  # hues, in turns
+        rim = rng.randrange(5) / 5  # hues, in turns
         for hue, scale in ((rim, 1), (rim + self.labels[i] / len(self.classes), rng.uniform(0.5, 0.7))):
             body = Image.new("L", (2 * size, 2 * size))  # twice as large, then reduced: antialiased
             outline = [(2 * (x + scale * r * math.cos(angle)), 2 * (y + scale * r * math.sin(angle))) for r, angle in zip(radii, angles)]
@@ -181,7 +181,7 @@ class Shapes:
             body = body.reduce(2)
             if scale == 1:
                 mask = body.point(lambda value: int(value > 127))
-            colors = (colorsys.hsv_to_rgb((hue + rng.uniform(-0.1, 0.1)) % 1, rng.uniform(0.4, 1), rng.uniform(0.4, 1)) for _ in range(256))
+            colors = (colorsys.hsv_to_rgb((hue + rng.uniform(-0.08, 0.08)) % 1, rng.uniform(0.4, 1), rng.uniform(0.4, 1)) for _ in range(256))
             image.paste(self.cells("RGB", (value for color in colors for value in color)), mask=body)
         return image, mask
 

@@ -56,7 +56,7 @@ RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
     "warmup_teacher_temp_epochs": (30, 0, "epochs over which tau_t rises"),
     "center_momentum": (0.9, 0.9, "m of Eq. 4"),
     "momentum": (0.996, 0.99, "the teacher's lambda at the start; it ends at 1"),
-    "epochs": (100, 24, "passes over the data"),
+    "epochs": (100, 12, "passes over the data"),
     "batch": (64, 32, "images a process a step"),
     "accumulate": (1, 1, "batches a step, for a larger global batch on the same memory"),
     "optimizer": ("adamw", "adamw", "adamw or sgd"),

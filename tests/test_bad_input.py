@@ -112,7 +112,7 @@ TRAIN = [  # flags of train.py, what the line says; --data good --output out com
     ("--global_scale nan 1", "must be two shares"),
     ("--patch 7", "--patch 7 must divide --global_size 16"),
     ("--local_size 12", "--patch 8 must divide --local_size 12"),
-    ("--warmup_epochs 99", "--warmup_epochs 99 is more than --epochs 24"),
+    ("--warmup_epochs 99", "--warmup_epochs 99 is more than --epochs 12"),
     ("--batch 9", "8 images are fewer than a global batch of 9"),
     ("--batch 4 --accumulate 3", "8 images are fewer than a global batch of 12"),
     ("--device cuda:99", "--device cuda:99 cannot be used here"),
