@@ -78,7 +78,7 @@ def constant(values, device):
 
 
 def grayscale(x):
-    """[b, 3, h, w] -> [b, 1, h, w]"""
+    """[b, 3, h, w] -> [b, 1, h, w]: luma of ITU-R 601, as Pillow's."""
     r, g, b = x.unbind(1)
     return (0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)[:, None]
 
@@ -89,29 +89,35 @@ def chosen(mask, device):
 
 
 def shift_hue(x, shift):
-    """Turns the hue of [b, 3, h, w] by shift [b] turns, at most a sixth, without a branch per pixel.
+    """Turns the hue of [b, 3, h, w] by shift [b] turns, at most a sixth (beyond, it is wrong), without a branch per pixel.
 
-    Round the circle of hues a channel stays at the pixel's highest value, falls to its lowest, stays there and rises again, each third and sixth of a turn.
-    On both slopes it is 2 x - middle within those bounds; a turn moves the falling one down and the rising one up.
+    As the hue goes round, a channel stays at the pixel's highest value for a third of a turn, falls for a sixth, stays at the lowest for a third and rises for a
+    sixth. 2 x - middle is the line of the nearer slope, carried on beyond it; the turn moves along the line, and the bounds restore the plateaus.
     """
     r, g, b = x.unbind(1)
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     step = 6 * shift[:, None, None] * (high - low)
-    rising = torch.stack([b - g, r - b, g - r], 1).sign_()
-    turned = rising.mul_(step[:, None]).add_(x, alpha=2).sub_((r + g + b - high - low)[:, None])
-    return torch.clamp(turned, low[:, None], high[:, None])
+    direction = torch.stack([b - g, r - b, g - r], 1).sign_()  # 1: that slope rises, -1: it falls, 0: in the middle of a plateau, where either will do
+    line = direction.mul_(step[:, None]).add_(x, alpha=2).sub_((r + g + b - high - low)[:, None])
+    return torch.clamp(line, low[:, None], high[:, None])
 
 
 def blend(x, operation, factor):
-    """Brightness (0), contrast (1) or saturation (2), in place: [b, 3, h, w] is mixed with black, its mean grey or each pixel's grey, as operation [b] says."""
+    """Brightness (0), contrast (1) or saturation (2), as operation [b] says, in place: [b, 3, h, w] is mixed with black, its mean grey or each pixel's grey.
+
+    factor [b]: the share of the image itself, above 1 to go away from the other. At 1, as for hue (3), nothing changes.
+    """
     gray = grayscale(x)
     mean = reduce(gray, "b c h w -> b c 1 1", "mean")
-    contrast, saturation = (rearrange((operation == i).float(), "b -> b 1 1 1") for i in (1, 2))
-    return x.lerp_(torch.addcmul(contrast * mean, saturation, gray), rearrange(1 - factor, "b -> b 1 1 1")).clamp_(0, 1)
+    is_contrast, is_saturation = (rearrange((operation == i).float(), "b -> b 1 1 1") for i in (1, 2))
+    return x.lerp_(torch.addcmul(is_contrast * mean, is_saturation, gray), rearrange(1 - factor, "b -> b 1 1 1")).clamp_(0, 1)
 
 
 def jitter(x, brightness, contrast, saturation, hue, order):
-    """Colour jitter of [b, 3, h, w] in [0, 1], in place, each sample with its own factors [b] and its own order of operations, which lies on the host; -1: none."""
+    """Colour jitter of [b, 3, h, w] in [0, 1], in place, each sample with its own factors [b] and its own order of operations.
+
+    order [b] lies on the host. -1: no jitter, the factors being 1, and not a bit changes, as a hue turned by 0 might.
+    """
     factors = torch.stack([brightness, contrast, saturation, torch.ones_like(hue)], 1)
     for operation in ORDERS[order.long()].unbind(1):
         turned = chosen((operation == 3) & (order >= 0), x.device)

@@ -235,8 +235,8 @@ def parse_args(argv=None):
     parser.add_argument("--cached", action="store_true", help="linear: train on features extracted once, in seconds; not the paper's protocol")
     parser.add_argument("--epochs", type=int, default=100, help="linear: passes over the data (the paper's: 100)")
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3], help="linear: learning rates for a batch of 256")
-    parser.add_argument("--last", type=int, help="linear: how many blocks' class tokens (default, as in the paper: 4; from width 768 on, or with fewer blocks, 1)")
-    parser.add_argument("--mean_patches", action=argparse.BooleanOptionalAction, help="linear: the mean patch token too (default: where --last is 1 by default)")
+    parser.add_argument("--last", type=int, help="linear: how many blocks' class tokens (default: 4; from width 768 on, or of fewer than four blocks, 1)")
+    parser.add_argument("--mean_patches", action=argparse.BooleanOptionalAction, help="linear: the mean patch token too (default: from width 768 on, or of fewer than four blocks)")
     parser.add_argument("--mass", type=float, default=0.6, help="masks: share of the attention inside (the paper's: 0.6)")
     parser.add_argument("--size", type=int, help="masks: short side in pixels (default: 480/224 of the training size, 480 for the paper's)")
     parser.add_argument("--untrained", action=argparse.BooleanOptionalAction, help="an untrained network beside (default: yes, in linear only if --cached)")
@@ -310,9 +310,9 @@ def evaluate(args, device, ranks):
         if val is None:
             raise ValueError(f"{data!r} has no held-out split to test a linear classifier on: put its images into train/ and val/")
         vit = isinstance(backbone, ViT)
-        four = vit and backbone.dim < 768 and len(backbone.blocks) >= 4  # blocks' class tokens, as the paper takes for ViT-S; else as for ViT-B
-        last = min(args.last or (4 if four else 1), len(backbone.blocks)) if vit else 1
-        kind = dict(last=last, mean_patches=vit and (not four if args.mean_patches is None else args.mean_patches))
+        as_vit_b = vit and (backbone.dim >= 768 or len(backbone.blocks) < 4)  # the paper: for ViT-S four class tokens, for ViT-B one and the mean patch token
+        last = min(args.last or (1 if as_vit_b else 4), len(backbone.blocks)) if vit else 1
+        kind = dict(last=last, mean_patches=vit and (as_vit_b if args.mean_patches is None else args.mean_patches))
         see = partial(represent, device=device, dtype=dtype, **kind)
         (heads, (top1, top5, loss)), *base = (linear(network, train, val, partial(extract, **kind), see, args, ranks) for network in networks)
         tokens = f"class tokens of the last {last} block{'s' * (last > 1)}" + ", mean patch token" * kind["mean_patches"] if vit else "pooled features"

@@ -1,5 +1,7 @@
 """Multi-crop against torchvision, operation by operation, and its distributions against the paper's."""
 
+import colorsys
+from itertools import product
 from random import Random
 
 import pytest
@@ -42,6 +44,26 @@ def test_each_jitter_is_torchvisions(position, name):
     close(augment.jitter(x, *parameters, torch.zeros(6)), expected)
 
 
+def test_hue_turns_as_in_the_standard_librarys_hsv():
+    """Greys, pure colours and ties among them, up to a sixth of a turn either way."""
+    levels = [0, 0.25, 0.3, 0.75, 1]
+    colors = torch.tensor(list(product(levels, repeat=3)))
+    for shift in (-1 / 6, -0.1, 0.03, 1 / 6):
+        hsv = [colorsys.rgb_to_hsv(*color) for color in colors.tolist()]
+        expected = torch.tensor([colorsys.hsv_to_rgb((h + shift) % 1, s, v) for h, s, v in hsv])
+        got = augment.shift_hue(colors.T[None, :, None], torch.tensor([shift]))[0, :, 0].T
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_without_jitter_not_a_bit_changes():
+    parameters = torch.tensor([draw_parameters(Random(i), 0, 0)[:5] for i in range(50)])
+    plain = parameters[:, 4] < 0
+    x = images(50)
+    jittered = augment.jitter(x.clone(), *parameters.unbind(1))
+    assert 0 < plain.sum() < 25 and (parameters[plain] == torch.tensor([1.0, 1, 1, 0, -1])).all()
+    assert (jittered[plain] == x[plain]).all() and (jittered[~plain] != x[~plain]).flatten(1).any(1).all()
+
+
 def test_jitter_follows_each_samples_order():
     x = images(24)
     factors = [torch.empty(24).uniform_(*bounds) for bounds in ((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))]
@@ -62,7 +84,7 @@ def test_blur_is_torchvisions():
 
 def test_gray_solarize_and_normalisation_are_torchvisions():
     crops = (images(3) * 255).byte()
-    parameters = torch.tensor([[1, 1, 1, 0, 0, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0, 1], [1, 1, 1, 0, 0, 0, 0, 0.0]])
+    parameters = torch.tensor([[1, 1, 1, 0, -1, 1, 0, 0], [1, 1, 1, 0, -1, 0, 0, 1], [1, 1, 1, 0, -1, 0, 0, 0.0]])
     expected = torch.stack([tv.rgb_to_grayscale(crops[0], 3), tv.solarize(crops[1], 128), crops[2]]) / 255
     mean, std = (torch.tensor(value)[:, None, None] for value in (augment.MEAN, augment.STD))
     close(photometry(crops, parameters) * std + mean, expected)

@@ -17,7 +17,7 @@ from data import Batches, Folder, Shapes, load
 from evaluate import attention_masks, fit_heads, jaccard, knn, knn_of, nearest, open_splits, score, some
 from features import Crops, features, represent
 from train import Network
-from vit import build_backbone, resnet50
+from vit import ViT, build_backbone, resnet50
 from visualize import attention_maps, keep_mass
 
 pytestmark = pytest.mark.usefixtures("several_blocks")
@@ -377,12 +377,19 @@ def test_an_image_that_cannot_be_read_has_no_label_in_training(folder, checkpoin
 
 SEVERAL = """
 import functools, json, sys, evaluate, vit
-vit.ARCHITECTURES["vit_micro"].update(depth=4, heads=4)  # as in this process
+vit.ARCHITECTURES["vit_micro"].update(dim=64, depth=4, heads=4)  # as in this process
 evaluate.join, destroy, evaluate.dist.destroy_process_group = functools.cache(evaluate.join), evaluate.dist.destroy_process_group, lambda: None
 for flags in json.loads(sys.argv[1]):
     evaluate.main(evaluate.parse_args(flags))
 destroy()
 """
+
+
+@pytest.mark.parametrize("dim, depth, expected", [(24, 3, "1 block, mean patch token;"), (24, 5, "4 blocks;"), (768, 4, "1 block, mean patch token;")])
+def test_the_probes_features_are_the_papers_for_vit_s_or_vit_b(folder, tmp_path, capsys, dim, depth, expected):
+    torch.save(ViT(8, dim, depth, max(1, dim // 64), 16).state_dict(), tmp_path / "bare.pth")
+    table = run(capsys, "linear", tmp_path / "bare.pth", "--data", folder, "--epochs", 1, "--lr", 0.1, "--cached", "--no-untrained", "--batch", 4)
+    assert f"class tokens of the last {expected}" in table[1]
 
 
 def test_two_processes_print_what_one_prints(folder, checkpoint, tmp_path, capsys):

@@ -32,8 +32,10 @@ def test_attention_is_softmax_of_scaled_products():
         w = torch.softmax(q[..., part] @ k[..., part].mT / math.sqrt(4), -1)
         weights.append(w)
         out.append(w @ v[..., part])
-    torch.testing.assert_close(attention.weights(x), torch.stack(weights, 1))
-    torch.testing.assert_close(attention(x), attention.proj(torch.cat(out, -1)))
+    weights, out = torch.stack(weights, 1), attention.proj(torch.cat(out, -1))
+    for rows in (None, 1, 3):
+        torch.testing.assert_close(attention.weights(x, rows), weights[:, :, :rows])
+        torch.testing.assert_close(attention(x, rows), out[:, :rows])
 
 
 def test_forward_is_the_class_token_and_tokens_are_the_last_blocks():
