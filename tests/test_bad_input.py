@@ -75,7 +75,7 @@ def place(tmp_path_factory):
     (place / "cut.png").write_bytes((place / "image.png").read_bytes()[:400])
     backbone = build_backbone("vit_micro", 8, 16)
     torch.save(export(backbone), place / "bare.pth")
-    torch.save({"teacher": train.Network(backbone, DINOHead(96, 8, 8, 4)).state_dict(), "args": {"data": "gone"}}, place / "gone.pth")
+    torch.save({"teacher": train.Network(backbone, DINOHead(backbone.dim, 8, 8, 4)).state_dict(), "args": {"data": "gone"}}, place / "gone.pth")
     torch.save(resnet50().state_dict(), place / "resnet.pth")
     torch.save({"weight": torch.zeros(3)}, place / "foreign.pth")
     (place / "text.pth").write_text("no weights")

@@ -17,7 +17,7 @@ from data import Batches, Folder, Shapes, load
 from evaluate import attention_masks, fit_heads, jaccard, knn, knn_of, nearest, open_splits, score, some
 from features import Crops, features, represent
 from train import Network
-from vit import ViT, build_backbone, resnet50
+from vit import ARCHITECTURES, ViT, build_backbone, resnet50
 from visualize import attention_maps, keep_mass
 
 pytestmark = pytest.mark.usefixtures("several_blocks")
@@ -375,21 +375,21 @@ def test_an_image_that_cannot_be_read_has_no_label_in_training(folder, checkpoin
     assert sorted(seen) == [-1] * 2 + [0] * 12 + [1] * 12
 
 
-SEVERAL = """
-import functools, json, sys, evaluate, vit
-vit.ARCHITECTURES["vit_micro"].update(dim=64, depth=4, heads=4)  # as in this process
-evaluate.join, destroy, evaluate.dist.destroy_process_group = functools.cache(evaluate.join), evaluate.dist.destroy_process_group, lambda: None
-for flags in json.loads(sys.argv[1]):
-    evaluate.main(evaluate.parse_args(flags))
-destroy()
-"""
-
-
 @pytest.mark.parametrize("dim, depth, expected", [(24, 3, "1 block, mean patch token;"), (24, 5, "4 blocks;"), (768, 4, "1 block, mean patch token;")])
 def test_the_probes_features_are_the_papers_for_vit_s_or_vit_b(folder, tmp_path, capsys, dim, depth, expected):
     torch.save(ViT(8, dim, depth, max(1, dim // 64), 16).state_dict(), tmp_path / "bare.pth")
     table = run(capsys, "linear", tmp_path / "bare.pth", "--data", folder, "--epochs", 1, "--lr", 0.1, "--cached", "--no-untrained", "--batch", 4)
     assert f"class tokens of the last {expected}" in table[1]
+
+
+SEVERAL = """
+import functools, json, sys, evaluate, vit
+vit.ARCHITECTURES.update(json.loads(sys.argv[2]))
+evaluate.join, destroy, evaluate.dist.destroy_process_group = functools.cache(evaluate.join), evaluate.dist.destroy_process_group, lambda: None
+for flags in json.loads(sys.argv[1]):
+    evaluate.main(evaluate.parse_args(flags))
+destroy()
+"""
 
 
 def test_two_processes_print_what_one_prints(folder, checkpoint, tmp_path, capsys):
@@ -412,7 +412,7 @@ def test_two_processes_print_what_one_prints(folder, checkpoint, tmp_path, capsy
         path.unlink()
     (tmp_path / "several.py").write_text(SEVERAL)
     commands = [[*flags[:-1], "3"] for flags in commands]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(tmp_path / "several.py"), json.dumps(commands)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(tmp_path / "several.py"), json.dumps(commands), json.dumps(ARCHITECTURES)]
     result = subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
     assert result.stdout == alone and "left out" in alone and "11 queries against 12 images" in alone and "11 queries against 10 images" in alone

@@ -67,7 +67,8 @@ def test_schedules_by_hand():
 
 
 def test_weight_decay_spares_biases_and_norms():
-    network = train.Network(build_backbone("vit_micro", 8, 16), DINOHead(96, 8, 8, 4, norm_last_layer=False))
+    backbone = build_backbone("vit_micro", 8, 16)
+    network = train.Network(backbone, DINOHead(backbone.dim, 8, 8, 4, norm_last_layer=False))
     decayed, spared = ({id(p) for p in group["params"]} for group in train.parameter_groups(network))
     for name, p in network.named_parameters():
         assert (id(p) in spared) == (name.endswith("bias") or "norm" in name) and (id(p) in decayed) != (id(p) in spared)
@@ -75,7 +76,8 @@ def test_weight_decay_spares_biases_and_norms():
 
 
 def test_network_puts_views_through_backbone_and_head():
-    network = train.Network(build_backbone("vit_micro", 8, 16), DINOHead(96, 8, 8, 4))
+    backbone = build_backbone("vit_micro", 8, 16)
+    network = train.Network(backbone, DINOHead(backbone.dim, 8, 8, 4))
     big, small = torch.randn(2, 3, 3, 16, 16), torch.randn(4, 3, 3, 8, 8)
     logits = network(big, small)
     assert logits.shape == (6, 3, 8)
