@@ -1,124 +1,310 @@
-"""What the frozen features are worth (section 4): weighted k-nearest neighbours, a linear probe, and the class token's attention as masks (Figure 4).
+"""What frozen features are worth (3.2, "Evaluation protocols", and 4.1): k-NN and a linear probe.
 
-    python evaluate.py knn    runs/laptop/last.pth [--data path/to/images]      data default: what the checkpoint was trained on
-    python evaluate.py linear runs/laptop/last.pth                              the paper's protocol; --cached: on features extracted once, in seconds
-    python evaluate.py masks  runs/laptop/last.pth                              shapes, voc2012, or a folder of images with an alpha channel
-    torchrun --nproc_per_node=8 evaluate.py ...                                 the same, each process with its share of the images
+    python evaluate.py knn    runs/laptop/last.pth       data: what the checkpoint was trained on
+    python evaluate.py linear runs/laptop/last.pth       the paper's protocol, on random crops
+    python evaluate.py linear runs/laptop/last.pth --cached     on central crops, in seconds
+    torchrun --nproc_per_node=8 evaluate.py ...          each process with its share of the images
 
-Beside each figure stands an untrained network's; each evaluation adds a line to evaluate.jsonl in the checkpoint's folder. Unlike in the reference code, the
-linear protocol's random crops are bicubic, its learning rates are tried all at once, and an epoch's last, smaller batch is left out.
+Beside each figure stands an untrained network's; each evaluation adds a line to evaluate.jsonl in
+the checkpoint's folder. The linear protocol differs from the reference code's in three points: its
+random crops are bicubic, its learning rates are tried all at once, and an epoch's last, smaller
+batch is left out. Axes: b batch, d features, c classes, s learning rates swept.
 """
 
 import argparse
-import json
+import hashlib
 import math
-import os
+import sys
 import time
 from collections import Counter
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from einops import einsum, rearrange, reduce, repeat
+from einops import einsum, rearrange, repeat
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from augment import normalize, resize
+from augment import normalize, random_resized_crop, resize
+from checkpoint import load_checkpoint, write_whole
 from data import Batches, load
-from features import Crops, combine, features, progress, represent
-from run import command, first_process, in_turn, join, say, write_whole
-from visualize import attention_maps, keep_mass, usual_size
-from vit import RELEASED, ViT, amp_dtype, describe, load_backbone, untrained
+from distributed import agree, amp_dtype, autocast, combine, in_turn
+from protocol import add_flags, check_positive, run_protocol
+from recipe import add_amp_flag
+from terminal import first_process, progress, run_command, say
+from vit import ViT
+
+# ---- frozen features ----
 
 
-def nearest(similarity, k):
-    """The k largest of each row of [m, n], the largest first and of equal ones the lower index: (values, indices), both [m, k].
+@dataclass(frozen=True)
+class Extraction:
+    """How features are extracted: where, from which tokens, by how many processes."""
 
-    The k blocks of columns with the largest maxima hold them all: one pass over the rows and two short sorts, which unlike topk keep the order of equals.
+    device: torch.device
+    batch: int = 256
+    workers: int = 0
+    dtype: torch.dtype | None = None  # of autocast; None: float32
+    last: int = 1  # how many blocks' class tokens
+    mean_patches: bool = False  # whether the last block's mean patch token goes along
+    rank: int = 0
+    world: int = 1  # processes that call together and share the images
+    cache: Path | None = None  # a folder that keeps features
+
+
+def center_crop(image, size):
+    """Evaluation's view: uint8 [3, h, w] -> [3, size, size].
+
+    The short side is resized to 256 / 224 of size, then the middle is cut out.
     """
-    n, device = similarity.shape[1], similarity.device
-    size = math.isqrt(n // k)
-    whole = n // size * size  # the columns after these are always looked at
-    best = reduce(similarity[:, :whole], "m (blocks size) -> m blocks", "max", size=size)
-    blocks = best.sort(dim=1, descending=True, stable=True).indices[:, :k].sort().values
-    columns = rearrange(blocks[..., None] * size + torch.arange(size, device=device), "m k size -> m (k size)")
-    columns = torch.cat([columns, repeat(torch.arange(whole, n, device=device), "n -> m n", m=len(columns))], 1)
-    value, order = similarity.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    return value[:, :k], columns.gather(1, order[:, :k])
+    h, w = image.shape[1:]
+    short = size * 256 // 224
+    image = resize(image, h * short // min(h, w), w * short // min(h, w))
+    top, left = round((image.shape[1] - size) / 2), round((image.shape[2] - size) / 2)
+    return image[:, top : top + size, left : left + size]
 
 
-def knn(bank, bank_labels, queries, labels, ks=(10, 20, 100, 200), temperature=0.07, leave_one_out=False):
-    """Weighted k-NN's top-1 accuracy in per cent (section 4), {k: accuracy}. The k nearest by cosine similarity s vote for their class, weight exp(s / 0.07).
+class Crops(Dataset):
+    """(epoch, n) -> (n, a crop of the n-th of the given images, uint8 [3, size, size]).
 
-    bank [n, d], queries [m, d]: features, normalised here. leave_one_out: the queries are the bank, and none votes for itself. A k above the number of
-    candidates counts them all. Of images as near the lower index is taken, of classes with as many votes the lower. A class that the bank lacks is never right.
+    seed None: the central crop. Else a random resized crop, flipped or not, that follows from
+    (seed, epoch, image). An image that cannot be read gives -1 in place of n.
     """
-    bank, classes, limit = F.normalize(bank, dim=-1), 1 + int(bank_labels.max()), min(max(ks), len(bank) - leave_one_out)
-    if limit < 1:
-        raise ValueError("one image has no neighbours: k-NN needs two")
-    chunk, right = max(1, min(1024, 2**26 // max(len(bank), classes))), dict.fromkeys(ks, 0)  # 256 MB of similarities at a time
-    for start in range(0, len(queries), chunk):
-        similarity = F.normalize(queries[start : start + chunk], dim=-1) @ bank.T
-        if leave_one_out:
-            similarity.diagonal(start).fill_(-2)
-        similarity, index = nearest(similarity, limit)
-        weight, voted = (similarity.cpu().double() / temperature).exp(), bank_labels[index].cpu()  # float64: in float32 far votes vanish beside near ones
-        for k in ks:
-            votes = weight.new_zeros(len(weight), classes).scatter_add_(1, voted[:, :k], weight[:, :k])
-            right[k] += (votes.argmax(1) == labels[start : start + chunk].cpu()).sum().item()
-    return {k: 100 * n / len(queries) for k, n in right.items()}
+
+    def __init__(self, images, indices, size, seed=None):
+        self.images, self.indices, self.size, self.seed = images, indices, size, seed
+
+    def __getitem__(self, key):
+        epoch, n = key
+        try:
+            image = self.images[self.indices[n]]
+        except Exception:  # whatever a decoder may raise
+            return -1, torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+        if self.seed is None:
+            return n, center_crop(image, self.size)
+        rng = Random(f"{self.seed} {epoch} {self.indices[n]}")
+        return n, random_resized_crop(image, self.size, (0.08, 1), rng)
 
 
-def some(labels, limit=None):
-    """Indices of labelled images: all of them, or limit drawn at random, the same each time. ValueError: there are none."""
+@torch.no_grad()
+def represent(backbone, crops, how):
+    """uint8 crops [b, 3, h, w] -> float32 features [b, d].
+
+    Those are the last blocks' class tokens, each through the final norm, and if asked for the last
+    block's mean patch token; or what a convnet pools.
+    """
+    images = normalize(crops.to(how.device, non_blocking=True).float() / 255)
+    with autocast(how.device, how.dtype):
+        if not isinstance(backbone, ViT) or (how.last == 1 and not how.mean_patches):
+            return backbone(images).float()
+        tokens = backbone.tokens(images, how.last).float()
+    features = list(tokens[:, :, 0])
+    if how.mean_patches:
+        features.append(tokens[-1, :, 1:].mean(1))
+    return torch.cat(features, -1)
+
+
+@torch.no_grad()
+def features(backbone, images, indices, how):
+    """Extract the features of the given images' central crops: ([n, d] float32, indices).
+
+    The second are the n of the given indices that could be read, in the order given. If several
+    processes call together, each reads its share and all get the whole. ValueError: no image can be
+    read.
+    """
+    path = None
+    if how.cache:
+        path = how.cache / f"features-{fingerprint(backbone, images, indices, how)}.pth"
+        missing = agree(int(not path.exists()))
+        if not missing:
+            saved = load_checkpoint(path)
+            return saved["features"].to(how.device), saved["read"]
+
+    out = torch.zeros(len(indices), backbone.dim * (how.last + how.mean_patches), device=how.device)
+    read = torch.zeros(len(indices), device=how.device)
+    start, training, done = time.monotonic(), backbone.training, 0
+    backbone.eval()
+    for n, crops in central_crops(images, indices, backbone.image_size, how):
+        good = n[n >= 0].to(how.device)
+        out[good] = represent(backbone, crops[n >= 0], how)
+        read[good] = 1.0
+        done += how.world * len(n)
+        progress("features", min(done, len(indices)), len(indices), start)
+    backbone.train(training)
+
+    out, read = combine(out, how.world), combine(read, how.world).bool().tolist()
+    out, indices = without_unread(out, read, images, indices)
+    if path and first_process():
+        kept = {"features": out.cpu(), "read": indices}
+        write_whole(path, lambda file: torch.save(kept, file))
+    return out, indices
+
+
+def central_crops(images, indices, size, how):
+    """Load this process's share of the crops, a batch at a time."""
+    share = [(0, n) for n in range(how.rank, len(indices), how.world)]
+    crops = Crops(images, indices, size)
+    pin = how.device.type == "cuda"
+    return DataLoader(crops, how.batch, sampler=share, num_workers=how.workers, pin_memory=pin)
+
+
+def without_unread(out, read, images, indices):
+    """Leave out the images that could not be read, and say so. ValueError: that is all of them."""
+    if all(read):
+        return out, indices
+    first_bad = images.name(indices[read.index(False)])
+    if not any(read):
+        raise ValueError(f"none of {len(indices)} images can be read, the first of them {first_bad!r}")
+    count = read.count(False)
+    say(f"{count} images cannot be read and are left out, the first {first_bad!r}", sys.stderr)
+    kept = [index for index, good in zip(indices, read) if good]
+    return out[torch.tensor(read, device=out.device)], kept
+
+
+def fingerprint(backbone, images, indices, how):
+    """Sixteen digits of what features depend on: weights, names and labels of images, settings.
+
+    An image changed under its name is not noticed.
+    """
+    names = [images.name(i) for i in indices]
+    settings = how.last, how.mean_patches, how.dtype, backbone.image_size
+    digest = hashlib.sha256(repr((settings, images.classes, images.labels, names)).encode())
+    for value in backbone.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def choose_labelled(labels, limit=None):
+    """Return the indices of labelled images: all of them, or limit drawn at random, always the same.
+
+    ValueError: there are none.
+    """
     indices = [i for i, label in enumerate(labels) if label >= 0]
     if not indices:
         raise ValueError("no labelled images")
-    return sorted(Random(0).sample(indices, limit)) if limit and limit < len(indices) else indices
+    if limit and limit < len(indices):
+        return sorted(Random(0).sample(indices, limit))
+    return indices
 
 
-def labelled(backbone, images, extract, limit=None):
-    """(features [n, d], labels [n]) of the labelled images, or of limit of them."""
-    tokens, read = extract(backbone, images, some(images.labels, limit))
-    return tokens, torch.tensor([images.labels[i] for i in read], device=tokens.device)
+def labelled_features(backbone, images, how, limit=None):
+    """Return (features [n, d], labels [n]) of the labelled images, or of limit of them."""
+    x, read = features(backbone, images, choose_labelled(images.labels, limit), how)
+    return x, torch.tensor([images.labels[i] for i in read], device=x.device)
 
 
-def knn_of(backbone, train, val, extract, ks=(10, 20, 100, 200), limits=(None, None)):
-    """The k-NN accuracy of a backbone, and (bank, queries), how many images that compares. val None: train against itself, leaving one out.
+# ---- weighted k-NN ----
 
-    extract(backbone, images, indices): features, its other arguments set. limits: at most so many images in the bank and among the queries.
+
+def knn(bank, bank_labels, queries, labels, ks=(10, 20, 100, 200), temperature=0.07, alone=False):
+    """Return weighted k-NN's top-1 accuracy, {k: per cent} ("Evaluation protocols").
+
+    bank [n, d], queries [m, d]: features, normalised here; labels are class indices. alone: the
+    queries are the bank, and none votes for itself. A k above the number of candidates counts them
+    all. Of classes with as many votes the lower is taken; a class that the bank lacks is wrong.
     """
-    bank, bank_labels = labelled(backbone, train, extract, limits[0])
-    queries, labels = (bank, bank_labels) if val is None else labelled(backbone, val, extract, limits[1])
-    return knn(bank, bank_labels, queries, labels, ks, leave_one_out=val is None), (len(bank), len(queries))
+    most = min(max(ks), len(bank) - alone)
+    if most < 1:
+        raise ValueError("one image has no neighbours: k-NN needs two")
+    bank, queries = F.normalize(bank, dim=-1), F.normalize(queries, dim=-1)
+    classes = 1 + int(bank_labels.max())
+    right = dict.fromkeys(ks, 0)
+    chunk = max(1, min(1024, 2**26 // max(len(bank), classes)))  # 256 MB of similarities
+    for start in range(0, len(queries), chunk):
+        similarity = queries[start : start + chunk] @ bank.T
+        if alone:
+            similarity.diagonal(start).fill_(-2)
+        similarity, nearest = similarity.topk(most)
+        # float64 on the host: in float32 far votes vanish beside near ones
+        weights = (similarity.cpu().double() / temperature).exp()
+        voted, truth = bank_labels[nearest].cpu(), labels[start : start + chunk].cpu()
+        for k in ks:
+            votes = torch.zeros(len(weights), classes, dtype=torch.double)
+            votes.scatter_add_(1, voted[:, :k], weights[:, :k])
+            right[k] += (votes.argmax(1) == truth).sum().item()
+    return {k: 100 * count / len(queries) for k, count in right.items()}
 
 
-def logits(x, heads):
-    """Features [b, d] and heads [sweep, classes, d + 1], whose last column is the bias -> [sweep, b, classes]."""
-    return einsum(F.pad(x, (0, 1), value=1.0), heads, "b d, sweep c d -> sweep b c")
+def knn_of(backbone, train, val, how, ks=(10, 20, 100, 200), limits=(None, None)):
+    """Return a backbone's k-NN accuracy, and how many images are in the bank and among the queries.
+
+    val None: the training images against one another. limits: at most so many of each.
+    """
+    bank, bank_labels = labelled_features(backbone, train, how, limits[0])
+    if val is None:
+        top1 = knn(bank, bank_labels, bank, bank_labels, ks, alone=True)
+        return top1, (len(bank), len(bank))
+    queries, labels = labelled_features(backbone, val, how, limits[1])
+    return knn(bank, bank_labels, queries, labels, ks), (len(bank), len(queries))
 
 
-def losses(logits, labels):
-    """Cross-entropy of logits [sweep, b, classes] with labels [b], -1 for none: [b, sweep]."""
-    return F.cross_entropy(rearrange(logits, "sweep b c -> b c sweep"), repeat(labels, "b -> b sweep", sweep=len(logits)), reduction="none", ignore_index=-1)
+def evaluate_knn(args, subject):
+    """The k-NN protocol: print its table, and return its figures."""
+    train, val = in_turn(lambda: open_splits(subject.data))
+    how = extraction(args, subject)
+    networks = subject.networks(args.untrained is not False)
+    results = {name: knn_of(net, train, val, how, args.k) for name, net in networks.items()}
+    top1, (bank, queries) = results["trained"]
+    voters = bank if val else bank - 1
+
+    counts = Counter(label for label in (val or train).labels if label >= 0)
+    chance = 100 / len(train.classes)
+    commonest = 100 * max(counts.values()) / counts.total()
+    say(
+        f"{subject.data}: {queries} queries against {voters} images, {len(train.classes)} classes; "
+        f"chance {chance:.1f} %, always the commonest class {commonest:.1f} %"
+    )
+    columns = {name: result[0] for name, result in results.items()}
+    say(f"{'k':>5}  {'top-1 %':>8}" + ("  untrained %" if len(columns) > 1 else ""))
+    for k in args.k:
+        line = f"{k:5}  {top1[k]:8.1f}"
+        if len(columns) > 1:
+            line += f"  {columns['untrained'][k]:11.1f}"
+        if k > voters:
+            line += f"  (all {voters} images)"
+        say(line)
+    figures = {"bank": voters, "queries": queries, "top1": top1}
+    if len(columns) > 1:
+        figures["untrained"] = columns["untrained"]
+    return figures
+
+
+# ---- linear probe ----
+
+
+def head_logits(x, heads):
+    """Features [b, d] and heads [s, c, d + 1], whose last column is the bias -> logits [s, b, c]."""
+    return einsum(F.pad(x, (0, 1), value=1.0), heads, "b d, s c d -> s b c")
+
+
+def cross_entropies(logits, labels):
+    """Logits [s, b, c] and labels [b], -1 for none (a loss of 0) -> cross-entropy [b, s]."""
+    labels = repeat(labels, "b -> b s", s=len(logits))
+    logits = rearrange(logits, "s b c -> b c s")
+    return F.cross_entropy(logits, labels, reduction="none", ignore_index=-1)
 
 
 def fit_heads(batches, steps, rates, classes, dim, device, world=1):
-    """A linear classifier for each learning rate, trained on batches of (features [b, d], labels [b], -1 for none): heads for logits, [sweep, classes, d + 1].
+    """Train a linear classifier for each learning rate: heads for head_logits(), [s, c, d + 1].
 
-    SGD with momentum 0.9, no weight decay, the rate to 0 on a cosine (section 4). The gradient of a sum of the heads' losses is each head's own, and in SGD a
-    learning rate is a factor of the loss: one optimiser trains them all.
+    batches: (features [b, d], labels [b], -1 for none). SGD with momentum 0.9, no weight decay, the
+    rate falling to 0 on a cosine. One optimiser trains all heads: the gradient of a sum of losses
+    is each head's own, and in SGD a learning rate is a factor of the loss.
     """
-    weight = 0.01 * torch.randn(classes, dim, generator=torch.Generator().manual_seed(0))  # as in the reference code; no bias at the start
-    heads = nn.Parameter(repeat(F.pad(weight, (0, 1)), "c d -> sweep c d", sweep=len(rates)).to(device, copy=True))
-    optimizer, rates, start = torch.optim.SGD([heads], lr=1.0, momentum=0.9), torch.tensor(rates, device=device), time.monotonic()
+    # the reference code's start: weights of standard deviation 0.01, no bias
+    weight = 0.01 * torch.randn(classes, dim, generator=torch.Generator().manual_seed(0))
+    heads = repeat(F.pad(weight, (0, 1)), "c d -> s c d", s=len(rates))
+    heads = nn.Parameter(heads.to(device, copy=True))
+    optimizer = torch.optim.SGD([heads], lr=1.0, momentum=0.9)
+    rates, start = torch.tensor(rates, device=device), time.monotonic()
     for step, (x, labels) in enumerate(batches):
         optimizer.param_groups[0]["lr"] = (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.zero_grad()
-        (rates / world * losses(logits(x, heads), labels).mean(0)).sum().backward()
+        losses = cross_entropies(head_logits(x, heads), labels).mean(0)
+        (rates / world * losses).sum().backward()
         if world > 1:
             dist.all_reduce(heads.grad)
         optimizer.step()
@@ -127,214 +313,217 @@ def fit_heads(batches, steps, rates, classes, dim, device, world=1):
 
 
 def score(heads, x, labels):
-    """Of features [m, d]: top-1 and top-5 accuracy in per cent and mean loss, each [sweep]. A class without an output is wrong, and left out of the loss."""
-    sums, classes = 0, heads.shape[1]
-    for x, target in zip(x.split(1024), labels.split(1024)):
-        out = logits(x, heads)
-        right = (out.topk(min(5, classes)).indices == target[:, None]).float()
-        sums = sums + torch.stack([right[..., 0].sum(1), right.sum((1, 2)), losses(out, target.where(target < classes, -1)).sum(0)]).cpu().double()
-    return 100 * sums[0] / len(labels), 100 * sums[1] / len(labels), sums[2] / (labels < classes).sum().item()
+    """Return top-1 and top-5 accuracy in per cent and the mean loss of features [m, d], each [s].
 
-
-def linear(backbone, train, val, extract, see, args, ranks):
-    """(heads, score) of the linear protocol: tested on central crops, trained on random ones, or if args.cached on the features of the central ones.
-
-    see(backbone, crops): represent, its other arguments set.
+    An image of a class without an output counts as wrong, and is left out of the loss.
     """
-    (x, labels), (rank, world) = labelled(backbone, val, extract), ranks
-    device, chosen = x.device, some(train.labels)
-    bank, targets = labelled(backbone, train, extract) if args.cached else (None, torch.tensor([train.labels[i] for i in chosen], device=device))
-    order = Batches(len(targets), max(1, min(args.batch, len(targets) // world)), 1, rank, world, args.seed)
+    right1, right5, loss = 0, 0, 0
+    classes = heads.shape[1]
+    for x, target in zip(x.split(1024), labels.split(1024)):
+        logits = head_logits(x, heads)
+        best = logits.topk(min(5, classes)).indices == target[:, None]  # [s, m, 5]
+        known = target.where(target < classes, -1)
+        right1 = right1 + best[..., 0].sum(1).cpu().double()
+        right5 = right5 + best.sum((1, 2)).cpu().double()
+        loss = loss + cross_entropies(logits, known).sum(0).cpu().double()
+    known = (labels < classes).sum().item()
+    return 100 * right1 / len(labels), 100 * right5 / len(labels), loss / known
+
+
+def probe(backbone, train, val, how, args):
+    """Train heads on one split and score them on the other: (heads, score()).
+
+    They are tested on central crops, and trained on random ones; with args.cached on the features
+    of central ones.
+    """
+    x, labels = labelled_features(backbone, val, how)
+    if args.cached:
+        bank, targets = labelled_features(backbone, train, how)
+    else:
+        chosen = choose_labelled(train.labels)
+        targets = torch.tensor([train.labels[i] for i in chosen], device=x.device)
+
+    batch = max(1, min(args.batch, len(targets) // how.world))
+    order = Batches(len(targets), batch, 1, how.rank, how.world, args.seed)
     order.last = args.epochs * order.steps_per_epoch
-    crops = Crops(train, chosen, backbone.image_size, args.seed)
-
-    def batches():
-        for keys in order if args.cached else ():
-            n = torch.tensor([n for _, n in keys], device=device)
-            yield bank[n], targets[n]
-        for n, crop in () if args.cached else DataLoader(crops, batch_sampler=order, num_workers=args.workers, pin_memory=device.type == "cuda"):
-            n = n.to(device)
-            yield see(backbone, crop), targets[n].where(n >= 0, -1)
-
-    heads = fit_heads(batches(), order.last, [rate * order.total / 256 for rate in args.lr], len(train.classes), x.shape[1], device, world)
+    if args.cached:
+        batches = cached_batches(bank, targets, order)
+    else:
+        crops = Crops(train, chosen, backbone.image_size, args.seed)
+        batches = random_batches(backbone, crops, targets, order, how)
+    rates = [rate * order.total / 256 for rate in args.lr]
+    classes = len(train.classes)
+    heads = fit_heads(batches, order.last, rates, classes, x.shape[1], x.device, how.world)
     return heads, score(heads, x, labels)
 
 
-def jaccard(masks, objects, void):
-    """Intersection over union of masks [heads, h, w] and objects [o, h, w]: [o', heads]. Pixels in void [h, w] do not count, nor objects with no other."""
-    masks, objects = (masks & ~void).float(), (objects & ~void).float()
-    objects = objects[objects.sum((1, 2)) > 0]
-    both = einsum(masks, objects, "heads h w, o h w -> o heads")
-    return both / (masks.sum((1, 2)) + objects.sum((1, 2))[:, None] - both)
+def cached_batches(bank, targets, order):
+    """Yield batches of features that have been extracted once."""
+    for keys in order:
+        n = torch.tensor([n for _, n in keys], device=bank.device)
+        yield bank[n], targets[n]
 
 
-def fit(image, short, patch):
-    """uint8 [c, h, w] -> the short side near short, each side cropped to a multiple of patch."""
-    h, w = image.shape[1:]
-    image = resize(image, *(max(patch, round(side * short / min(h, w))) for side in (h, w)))
-    h, w = (side // patch * patch for side in image.shape[1:])
-    return image[:, :h, :w]
+def random_batches(backbone, crops, targets, order, how):
+    """Yield batches of features of random crops; an image that cannot be read has label -1."""
+    pin = how.device.type == "cuda"
+    loader = DataLoader(crops, batch_sampler=order, num_workers=how.workers, pin_memory=pin)
+    for n, crop in loader:
+        n = n.to(how.device)
+        yield represent(backbone, crop, how), targets[n].where(n >= 0, -1)
 
 
-def attention_masks(networks, images, device, short, mass=0.6, ranks=(0, 1)):
-    """Figure 4: each head's class-token attention, cut to mass, against the objects: ([networks, 1 + heads] mean index in per cent, objects, images).
+def probe_tokens(backbone, args):
+    """Which tokens the probe sees: {"last": how many blocks' class tokens, "mean_patches": ...}.
 
-    The first figure takes each object's best head, the others are one head's. An image is fit to whole patches near short pixels, and its objects like it.
-    Images that cannot be read or show no object are left out. ValueError: all are.
+    The paper takes the last four blocks' class tokens for ViT-S; for ViT-B the last one's and its
+    mean patch token. So do we for a ViT with fewer than four blocks, which the paper lacks.
     """
-    (rank, world), patch, heads, start = ranks, networks[0].patch, networks[0].blocks[-1].attn.heads, time.monotonic()
-    sums, counts = torch.zeros(len(images), len(networks), 1 + heads, dtype=torch.float64), torch.zeros(len(images), dtype=torch.long)
-    for n in range(rank, len(images), world):
-        progress("images", n + 1, len(images), start)
-        try:
-            image, numbers = images[n], images.mask(n)
-        except Exception:  # whatever a decoder may raise
-            continue
-        names = [] if numbers is None else [i for i in numbers.unique().tolist() if 0 < i < 255]
-        if not names:
-            continue
-        void, *objects = fit(255 * (numbers == torch.tensor([255, *names])[:, None, None]).byte(), short, patch).to(device) > 127
-        image = normalize(fit(image, short, patch)[None].to(device).float() / 255)
-        for network, row in zip(networks, sums[n]):
-            kept = repeat(keep_mass(attention_maps(network, image)[0], mass), "heads h w -> heads (h p) (w q)", p=patch, q=patch)
-            index = jaccard(kept, torch.stack(objects), void).cpu().double()
-            row += torch.cat([index.amax(1, keepdim=True), index], 1).sum(0)
-        counts[n] = len(index)
-    sums, counts = combine(sums, world), combine(counts, world)
-    if not counts.any():
-        raise ValueError(f"none of {len(images)} images says where its objects are: take shapes, voc2012, or images with an alpha channel")
-    return 100 * sums.sum(0) / counts.sum(), counts.sum().item(), (counts > 0).sum().item()
+    if not isinstance(backbone, ViT):
+        return {"last": 1, "mean_patches": False}
+    depth = len(backbone.blocks)
+    as_vit_b = backbone.dim >= 768 or depth < 4
+    last = args.last or (1 if as_vit_b else 4)
+    mean_patches = as_vit_b if args.mean_patches is None else args.mean_patches
+    return {"last": min(last, depth), "mean_patches": mean_patches}
+
+
+def describe_tokens(backbone, last, mean_patches):
+    if not isinstance(backbone, ViT):
+        return "pooled features"
+    blocks = "1 block" if last == 1 else f"{last} blocks"
+    mean = ", mean patch token" if mean_patches else ""
+    return f"class tokens of the last {blocks}{mean}"
+
+
+def evaluate_linear(args, subject):
+    """The linear protocol: print its table, save the best head, and return the figures."""
+    train, val = in_turn(lambda: open_splits(subject.data))
+    if val is None:
+        raise ValueError(
+            f"{subject.data!r} has no held-out split to test a linear classifier on: "
+            "put its images into train/ and val/"
+        )
+    kind = probe_tokens(subject.backbone, args)
+    how = replace(extraction(args, subject), **kind)
+    beside = args.cached if args.untrained is None else args.untrained
+    networks = subject.networks(beside)
+    results = {name: probe(net, train, val, how, args) for name, net in networks.items()}
+    heads, (top1, top5, loss) = results["trained"]
+
+    crops = "random crops"
+    if args.cached:
+        crops = "central crops' features, extracted once: not the paper's protocol"
+    say(
+        f"{subject.data}: {len(train)} images to train on, {len(val)} to test on, "
+        f"{len(train.classes)} classes; {describe_tokens(subject.backbone, **kind)}; "
+        f"{args.epochs} epochs on {crops}"
+    )
+    header = f"{'lr':>7}  {'top-1 %':>8}  {'top-5 %':>8}  {'loss':>6}"
+    say(header + ("  untrained %" if beside else ""))
+    for i, rate in enumerate(args.lr):
+        line = f"{rate:7g}  {top1[i]:8.1f}  {top5[i]:8.1f}  {loss[i]:6.3f}"
+        if beside:
+            line += f"  {results['untrained'][1][0][i]:11.1f}"
+        say(line)
+
+    best = top1.argmax().item()
+    path = subject.folder / "linear.pth"
+    save_head(path, heads[best], train.classes, args.cached, kind)
+    say(f"the best, of learning rate {args.lr[best]:g} x batch / 256 -> {path}")
+    figures = {"epochs": args.epochs, "cached": args.cached, **kind, "lr": args.lr}
+    figures |= {"top1": top1.tolist(), "top5": top5.tolist(), "loss": loss.tolist()}
+    if beside:
+        figures["untrained"] = results["untrained"][1][0].tolist()
+    return figures
+
+
+def save_head(path, head, classes, cached, kind):
+    """Write a linear classifier, [c, d + 1], and what it needs to be used."""
+    saved = {"weight": head[:, :-1].cpu(), "bias": head[:, -1].cpu(), "classes": classes}
+    saved |= {"cached": cached, **kind}
+    if first_process():
+        write_whole(path, lambda file: torch.save(saved, file))
+
+
+# ---- the command ----
 
 
 def open_splits(data):
-    """(training split, held-out split or None) of a labelled data set; held-out labels are numbered like the training split's, further classes after those.
+    """Return (training split, held-out split or None) of a labelled data set.
 
+    Held-out labels are numbered like the training split's, further classes after those.
     ValueError: no labels, or no class in common.
     """
     train, val = load(data, "train"), load(data, "val")
     for name, images in ((repr(data), train), (f"the held-out split of {data!r}", val)):
         if images is not None and images.labels is None:
-            raise ValueError(f"{name} has no labels: put the images of each class, two or more, into a folder of its own")
-    if val is not None and val.classes != train.classes:
-        unseen = [name for name in val.classes if name not in train.classes]
-        if len(unseen) == len(val.classes):
-            raise ValueError(f"{data!r}: the training split has classes {train.classes}, the held-out one {val.classes}: none in common")
-        if unseen:
-            say(f"note: the training split lacks {', '.join(map(repr, unseen))}: held-out images of it count as wrong")
-        val.labels = [label if label < 0 else (train.classes + unseen).index(val.classes[label]) for label in val.labels]
+            raise ValueError(
+                f"{name} has no labels: put the images of each class, two or more, into a folder "
+                "of its own"
+            )
+    if val is None or val.classes == train.classes:
+        return train, val
+    unseen = [name for name in val.classes if name not in train.classes]
+    if len(unseen) == len(val.classes):
+        raise ValueError(
+            f"{data!r}: the training split has classes {train.classes}, "
+            f"the held-out one {val.classes}: none in common"
+        )
+    if unseen:
+        names = ", ".join(map(repr, unseen))
+        say(f"note: the training split lacks {names}: held-out images of it count as wrong")
+    number = {name: i for i, name in enumerate(train.classes + unseen)}
+    val.labels = [label if label < 0 else number[val.classes[label]] for label in val.labels]
     return train, val
 
 
+def extraction(args, subject):
+    return Extraction(
+        subject.device,
+        args.batch,
+        args.workers,
+        amp_dtype(args.amp, subject.device),
+        rank=subject.rank,
+        world=subject.world,
+        cache=subject.folder if args.cache else None,
+    )
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("protocol", choices=("knn", "linear", "masks"))
-    parser.add_argument("checkpoint", help=f"a checkpoint, or the name of released weights: {', '.join(RELEASED)}")
-    parser.add_argument("--data", help="a folder or a data set's name (default: what the checkpoint was trained on)")
-    parser.add_argument("--network", choices=("teacher", "student"), default="teacher", help="which of a checkpoint's two networks")
-    parser.add_argument("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="knn: neighbours (the paper's: 10 20 100 200, 20 is best)")
-    parser.add_argument("--cached", action="store_true", help="linear: train on features extracted once, in seconds; not the paper's protocol")
-    parser.add_argument("--epochs", type=int, default=100, help="linear: passes over the data (the paper's: 100)")
-    parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3], help="linear: learning rates for a batch of 256")
-    parser.add_argument("--last", type=int, help="linear: how many blocks' class tokens (default: 4; from width 768 on, or of fewer than four blocks, 1)")
-    parser.add_argument("--mean_patches", action=argparse.BooleanOptionalAction, help="linear: the mean patch token too (default: from width 768 on, or of fewer than four blocks)")
-    parser.add_argument("--mass", type=float, default=0.6, help="masks: share of the attention inside (the paper's: 0.6)")
-    parser.add_argument("--size", type=int, help="masks: short side in pixels (default: 480/224 of the training size, 480 for the paper's)")
-    parser.add_argument("--untrained", action=argparse.BooleanOptionalAction, help="an untrained network beside (default: yes, in linear only if --cached)")
-    parser.add_argument("--cache", action="store_true", help="knn, linear: keep features in the output folder, and read those that are there")
-    parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="knn, linear: mixed precision of the network (auto: on GPUs)")
-    parser.add_argument("--batch", type=int, default=256, help="images a process at a time")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images")
-    parser.add_argument("--seed", type=int, default=0, help="linear: of the crops and their order")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="folder for evaluate.jsonl, linear.pth and kept features (default: the checkpoint's)")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("protocol", choices=("knn", "linear"))
+    add_flags(parser)
+    add("--k", type=int, nargs="+", default=[10, 20, 100, 200],
+        help="knn: neighbours (the paper's: 10 20 100 200, 20 is best)")  # fmt: skip
+    add("--cached", action="store_true", help="linear: train on features extracted once, in "
+        "seconds; not the paper's protocol")  # fmt: skip
+    add("--epochs", type=int, default=100, help="linear: passes over the data (the paper's: 100)")
+    add("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3],
+        help="linear: learning rates for a batch of 256")  # fmt: skip
+    add("--last", type=int, help="linear: how many blocks' class tokens (default: 4; from width "
+        "768 on, or of fewer than four blocks, 1)")  # fmt: skip
+    add("--mean_patches", action=argparse.BooleanOptionalAction, help="linear: the mean patch "
+        "token too (default: from width 768 on, or of fewer than four blocks)")  # fmt: skip
+    add("--untrained", action=argparse.BooleanOptionalAction,
+        help="an untrained network beside (default: yes, in linear only if --cached)")  # fmt: skip
+    add("--cache", action="store_true",
+        help="keep features in the output folder, and read those that are there")  # fmt: skip
+    add_amp_flag(parser)
+    add("--batch", type=int, default=256, help="images a process at a time")
+    add("--workers", type=int, default=2, help="processes that read images")
+    add("--seed", type=int, default=0, help="linear: of the crops and their order")
     return parser.parse_args(argv)
 
 
 def main(args):
-    for flag in ("k", "lr", "batch", "epochs", "last", "size", "mass"):
-        value = getattr(args, flag)
-        if value is not None and not all(0 < v < math.inf for v in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"--{flag} {value} must be positive")
-    if args.workers < 0 or args.mass > 1:
-        raise ValueError(f"--workers {args.workers} must not be negative, nor --mass {args.mass} above 1")
-    device, *ranks = join(args.device)
-    try:
-        evaluate(args, device, ranks)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def evaluate(args, device, ranks):
-    start = time.monotonic()
-    backbone, trained_with = in_turn(lambda: load_backbone(args.checkpoint, args.network))
-    data, folder = args.data or trained_with.get("data"), args.output or Path("." if args.checkpoint in RELEASED else args.checkpoint).parent
-    if data is None:
-        raise ValueError(f"{args.checkpoint!r} does not say what it was trained on: give --data")
-    if args.output:
-        folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"cannot write to {str(folder)!r}: choose another --output")
-    say(f"{args.checkpoint}: {args.network}, {describe(backbone)}")
-    beside = args.untrained if args.untrained is not None else args.protocol != "linear" or args.cached
-    networks = [backbone.to(device), untrained(backbone)][: 1 + beside]
-    dtype = amp_dtype(args.amp, device)
-    extract = partial(features, device=device, batch=args.batch, workers=args.workers, dtype=dtype, ranks=ranks, cache=folder if args.cache else None)
-
-    if args.protocol == "masks":
-        if not isinstance(backbone, ViT):
-            raise ValueError(f"{args.checkpoint} is a {describe(backbone)}: a convnet has no attention")
-        images = in_turn(lambda: load(data, "val") or load(data, "train"))
-        short = args.size or usual_size(backbone)
-        means, objects, used = attention_masks(networks, images, device, short, args.mass, ranks)
-        if used < len(images):
-            say(f"{len(images) - used} of {len(images)} images show no object or cannot be read, and are left out")
-        say(f"{data}: {objects} objects in {used} images at {short} pixels, {100 * args.mass:g} % of the attention; Jaccard index in %")
-        say(f"{'':9}  {'best head':>9}" + "".join(f"  {f'head {i}':>7}" for i in range(means.shape[1] - 1)))
-        for name, (best, *single) in zip(("trained", "untrained"), means.tolist()):
-            say(f"{name:9}  {best:9.1f}" + "".join(f"  {one:7.1f}" for one in single))
-        figures = {"objects": objects, "images": used, "size": short, "mass": args.mass, "heads": means[0, 1:].tolist()}
-        figures |= zip(("best_head", "untrained"), means[:, 0].tolist())
-    elif args.protocol == "knn":
-        train, val = in_turn(lambda: open_splits(data))
-        (top1, (n, m)), *base = (knn_of(network, train, val, extract, args.k) for network in networks)
-        counts, n = Counter(label for label in (val or train).labels if label >= 0), n - (val is None)
-        chance = f"chance {100 / len(train.classes):.1f} %, always the commonest class {100 * max(counts.values()) / counts.total():.1f} %"
-        say(f"{data}: {m} queries against {n} images, {len(train.classes)} classes; {chance}")
-        say(f"{'k':>5}  {'top-1 %':>8}" + f"  {'untrained %':>11}" * len(base))
-        for k in args.k:
-            say(f"{k:5}  {top1[k]:8.1f}" + "".join(f"  {one[k]:11.1f}" for one, _ in base) + (f"  (all {n} images)" if k > n else ""))
-        figures = {"bank": n, "queries": m, "top1": top1} | {"untrained": one for one, _ in base}
-    else:
-        train, val = in_turn(lambda: open_splits(data))
-        if val is None:
-            raise ValueError(f"{data!r} has no held-out split to test a linear classifier on: put its images into train/ and val/")
-        vit = isinstance(backbone, ViT)
-        as_vit_b = vit and (backbone.dim >= 768 or len(backbone.blocks) < 4)  # the paper: for ViT-S four class tokens, for ViT-B one and the mean patch token
-        last = min(args.last or (1 if as_vit_b else 4), len(backbone.blocks)) if vit else 1
-        kind = dict(last=last, mean_patches=vit and (as_vit_b if args.mean_patches is None else args.mean_patches))
-        see = partial(represent, device=device, dtype=dtype, **kind)
-        (heads, (top1, top5, loss)), *base = (linear(network, train, val, partial(extract, **kind), see, args, ranks) for network in networks)
-        tokens = f"class tokens of the last {last} block{'s' * (last > 1)}" + ", mean patch token" * kind["mean_patches"] if vit else "pooled features"
-        how = "central crops' features, extracted once: not the paper's protocol" if args.cached else "random crops"
-        say(f"{data}: {len(train)} images to train on, {len(val)} to test on, {len(train.classes)} classes; {tokens}; {args.epochs} epochs on {how}")
-        say(f"{'lr':>7}  {'top-1 %':>8}  {'top-5 %':>8}  {'loss':>6}" + f"  {'untrained %':>11}" * len(base))
-        for i, rate in enumerate(args.lr):
-            say(f"{rate:7g}  {top1[i]:8.1f}  {top5[i]:8.1f}  {loss[i]:6.3f}" + "".join(f"  {one[0][i]:11.1f}" for _, one in base))
-        best = top1.argmax().item()
-        saved = {"weight": heads[best, :, :-1].cpu(), "bias": heads[best, :, -1].cpu(), "classes": train.classes, "cached": args.cached, **kind}
-        if first_process():
-            write_whole(folder / "linear.pth", lambda file: torch.save(saved, file))
-        say(f"the best, of learning rate {args.lr[best]:g} x batch / 256 -> {folder / 'linear.pth'}")
-        figures = {"epochs": args.epochs, "cached": args.cached, **kind, "lr": args.lr, "top1": top1.tolist(), "top5": top5.tolist(), "loss": loss.tolist()}
-        figures |= {"untrained": one[0].tolist() for _, one in base}
-
-    line = {"checkpoint": args.checkpoint, "network": args.network, "data": data, "protocol": args.protocol, **figures}
-    line |= {"seconds": round(time.monotonic() - start, 1)}
-    if first_process():
-        with open(folder / "evaluate.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+    check_positive(args, "k", "lr", "batch", "epochs", "last")
+    if args.workers < 0:
+        raise ValueError(f"--workers {args.workers} must not be negative")
+    run_protocol(args, evaluate_knn if args.protocol == "knn" else evaluate_linear)
 
 
 if __name__ == "__main__":
-    command(main, parse_args)
+    run_command(main, parse_args)

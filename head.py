@@ -1,7 +1,8 @@
-"""The projection head h (section 3.1, "Network architecture"; appendix C).
+"""The projection head h (section 3.1, "Network architecture").
 
-Features [b, d] -> logits [b, k]: a three-layer MLP with GELU, l2 normalisation in a bottleneck, and a weight-normalised linear layer without
-bias. Each logit is thus a cosine between the bottleneck and a prototype, times g. There is no batch normalisation, as in the paper's ViT runs.
+Features [b, d] -> logits [b, k]: a three-layer MLP with GELU, l2 normalisation in a bottleneck, and
+a weight-normalised linear layer without bias. Each logit is thus g times the cosine between the
+bottleneck and a prototype. There is no batch normalisation, as in the paper's ViT runs.
 """
 
 import torch
@@ -10,30 +11,43 @@ from torch import nn
 
 
 class WeightNormLinear(nn.Module):
-    """y = x W^T with W = g v / ||v|| row by row. norm_fixed keeps g at 1, which is steadier (the reference code's norm_last_layer)."""
+    """y = x W^T, where each row of W is g v / ||v||.
+
+    norm_fixed keeps every g at 1, which is steadier (the reference code's norm_last_layer).
+    """
 
     def __init__(self, in_dim, out_dim, norm_fixed=True):
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_fixed)
         self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
-        nn.init.uniform_(self.weight_v, -(in_dim**-0.5), in_dim**-0.5)  # nn.Linear's: ||v|| sets how fast a prototype turns
+        # as in nn.Linear: the length of v sets how fast a prototype turns
+        nn.init.uniform_(self.weight_v, -(in_dim**-0.5), in_dim**-0.5)
 
     def forward(self, x):
-        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=-1, keepdim=True)))
+        weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=-1, keepdim=True))
+        return F.linear(x, weight)
 
 
 class DINOHead(nn.Module):
-    """[b, in_dim] -> [b, out_dim] logits, before any temperature. out_dim is K."""
+    """[b, in_dim] -> logits [b, out_dim], before any temperature. out_dim is K."""
 
-    def __init__(self, in_dim, out_dim=65536, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True):
+    def __init__(
+        self, in_dim, out_dim=65536, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True
+    ):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim)
+            nn.Linear(in_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
         )
         for layer in self.mlp[::2]:
-            nn.init.trunc_normal_(layer.weight, std=0.02 if in_dim >= 192 else layer.in_features**-0.5)  # as in vit.py
+            std = 0.02 if in_dim >= 192 else layer.in_features**-0.5  # for small nets, as in vit.py
+            nn.init.trunc_normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, norm_last_layer)
 
     def forward(self, x):
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+        x = F.normalize(self.mlp(x), dim=-1)
+        return self.last_layer(x)

@@ -1,0 +1,74 @@
+"""The backbone f by its name: a ViT of vit.py, or ResNet-50, the paper's convnet (Table 1)."""
+
+from functools import partial
+
+import torch
+import torchvision
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from vit import ARCHITECTURES, ViT
+
+
+def resnet50(image_size=224):
+    """torchvision's ResNet-50 without its classifier, untrained. Features [b, 2048]."""
+    backbone = torchvision.models.resnet50()
+    backbone.fc = nn.Identity()
+    backbone.dim, backbone.image_size = 2048, image_size
+    return backbone
+
+
+def build_backbone(arch, patch, image_size, drop_path=0.0):
+    """Return an untrained backbone.
+
+    ValueError: an unknown name, or a size that the patch does not divide.
+    """
+    if arch == "resnet50":
+        return resnet50(image_size)
+    if arch not in ARCHITECTURES:
+        names = ", ".join(ARCHITECTURES)
+        raise ValueError(f"unknown architecture {arch!r}: choose from {names}, resnet50")
+    return ViT(patch, image_size=image_size, drop_path=drop_path, **ARCHITECTURES[arch])
+
+
+def architecture(backbone):
+    """Return what rebuild() needs, a plain dict; a checkpoint keeps it beside the weights."""
+    if not isinstance(backbone, ViT):
+        return {"image_size": backbone.image_size}
+    return {
+        "patch": backbone.patch,
+        "dim": backbone.dim,
+        "depth": len(backbone.blocks),
+        "heads": backbone.heads,
+        "image_size": backbone.image_size,
+    }
+
+
+def rebuild(architecture):
+    """Return the untrained backbone that architecture() describes."""
+    return ViT(**architecture) if "heads" in architecture else resnet50(**architecture)
+
+
+def untrained(backbone, seed=0):
+    """Return the same architecture with fresh weights, for evaluation, on the same device."""
+    torch.manual_seed(seed)
+    device = next(backbone.parameters()).device
+    return rebuild(architecture(backbone)).to(device).eval()
+
+
+def recompute_activations(vit):
+    """Let each block keep its input alone, and compute the rest again in the backward pass."""
+    for block in vit.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def describe(backbone):
+    """Say in a few words what a backbone is."""
+    if not isinstance(backbone, ViT):
+        return "ResNet-50"
+    depth = len(backbone.blocks)
+    blocks = "1 block" if depth == 1 else f"{depth} blocks"
+    return (
+        f"ViT of width {backbone.dim}, {blocks}, {backbone.heads} heads, "
+        f"patch {backbone.patch}, trained at {backbone.image_size} pixels"
+    )

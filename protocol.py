@@ -1,0 +1,101 @@
+"""What the commands that evaluate a checkpoint share: flags, opening it, and evaluate.jsonl."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from backbone import untrained
+from checkpoint import RELEASED, load_backbone
+from distributed import in_turn, join, leave
+from recipe import add_device_flag, add_network_flag
+from terminal import first_process, say
+
+
+class Subject(NamedTuple):
+    """What is evaluated, and where."""
+
+    backbone: nn.Module
+    data: str  # a folder or a data set's name
+    folder: Path  # for evaluate.jsonl and other results
+    device: torch.device
+    rank: int
+    world: int
+
+    def networks(self, beside):
+        """{name: network}: the trained one and, if asked for, an untrained one beside it."""
+        networks = {"trained": self.backbone}
+        if beside:
+            networks["untrained"] = untrained(self.backbone)
+        return networks
+
+
+def add_flags(parser):
+    """Add the flags that all evaluating commands have."""
+    parser.add_argument("checkpoint", help=f"a checkpoint, or released weights: {', '.join(RELEASED)}")
+    parser.add_argument("--data", help="a folder or a data set's name "
+                        "(default: what the checkpoint was trained on)")  # fmt: skip
+    add_network_flag(parser)
+    parser.add_argument("--output", type=Path,
+                        help="folder for the results (default: the checkpoint's)")  # fmt: skip
+    add_device_flag(parser)
+
+
+def check_positive(args, *flags):
+    """ValueError: a flag's value, or one of its values, is not a positive number."""
+    for flag in flags:
+        value = getattr(args, flag)
+        values = value if isinstance(value, list) else [value]
+        if value is not None and not all(0 < v < math.inf for v in values):
+            raise ValueError(f"--{flag} {value} must be positive")
+
+
+def run_protocol(args, protocol):
+    """Call protocol(args, subject) in each process, and add its figures to evaluate.jsonl."""
+    device, rank, world = join(args.device)
+    try:
+        start = time.monotonic()
+        subject = open_subject(args, device, rank, world)
+        figures = protocol(args, subject)
+        line = {
+            "checkpoint": args.checkpoint,
+            "network": args.network,
+            "data": subject.data,
+            "protocol": args.protocol,
+            **figures,
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        if first_process():
+            with open(subject.folder / "evaluate.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+    finally:
+        leave()
+
+
+def open_subject(args, device, rank, world):
+    """Load the checkpoint, and say what it is.
+
+    ValueError: it does not load or say what it was trained on, or the folder cannot be written.
+    """
+    loaded = in_turn(lambda: load_backbone(args.checkpoint, args.network))
+    data = args.data or loaded.trained_with.get("data")
+    if data is None:
+        raise ValueError(
+            f"{args.checkpoint!r} does not say what it was trained on: give --data"
+        )
+    if args.output:
+        folder = args.output
+        folder.mkdir(parents=True, exist_ok=True)
+    elif args.checkpoint in RELEASED:
+        folder = Path(".")
+    else:
+        folder = Path(args.checkpoint).parent
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write to {str(folder)!r}: choose another --output")
+    say(loaded.description)
+    return Subject(loaded.backbone.to(device), data, folder, device, rank, world)

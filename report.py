@@ -1,0 +1,175 @@
+"""What surrounds a training step: the log, checkpoints, k-NN tests, and the pictures at the end."""
+
+import signal
+import sys
+import time
+
+import torch
+
+from data import Views
+from distributed import in_turn, mean_over_processes
+from evaluate import Extraction, knn_of
+from segment import attend, attention_masks, usual_size
+from shapes import Shapes
+from terminal import minutes, say
+from visualize import draw_attention, draw_curves, draw_emergence
+from backbone import untrained
+from vit import ViT
+
+
+def before_training(run):
+    """Test and keep what the networks are at the start."""
+    if run.first == 0:
+        test_knn(run, 0)
+        keep_attention(run, 0)
+
+
+def after_step(run, done, schedule, watched, norm):
+    """Log, watch, test, save and stop, as the run's arguments say, after `done` steps.
+
+    watched: the loss and the two entropies of loss.entropies(), [3]; norm: the gradient's. Only
+    where something is logged or saved does the host wait for the device.
+    """
+    args, output = run.args, run.args.output
+    run.norms.append(norm)
+    keep_attention(run, done)
+
+    epoch, ended = done / run.steps_per_epoch, done % run.steps_per_epoch == 0
+    stop = run.stop_signal()
+    logs = done == 1 or done % args.log_every == 0
+    saves = ended or stop or done == run.last
+    saves = saves or (args.save_every and done % args.save_every == 0)
+    if logs or saves:
+        run.check_images()
+        loss, entropy, mean_entropy = mean_over_processes(watched, run.world).tolist()
+        norms = torch.stack(run.norms).tolist()
+        skipped = run.check_finite(done, loss, norms)
+    if logs:
+        run.log(
+            step=done,
+            epoch=epoch,
+            loss=loss,
+            entropy=entropy,
+            mean_entropy=mean_entropy,
+            kl=loss - entropy,
+            lr=schedule.lr,
+            weight_decay=schedule.weight_decay,
+            momentum=schedule.momentum,
+            teacher_temp=schedule.teacher_temp,
+            grad_norm=norms[-1],
+            skipped=len(skipped),
+        )
+        run.watch(epoch, entropy, mean_entropy, loss - entropy)
+        run.progress(done, loss, entropy)
+        run.norms.clear()
+    if ended and args.knn_every and (round(epoch) % args.knn_every == 0 or done == run.total):
+        test_knn(run, done)
+    if saves:
+        run.save("last.pth", done)
+    if ended:
+        if run.main:
+            draw_curves(run.lines(), output / "curves.png", args.out_dim)
+        if args.keep_every and round(epoch) % args.keep_every == 0:
+            run.save(f"epoch-{round(epoch):04d}.pth", done)
+    if stop:
+        name = signal.Signals(stop).name
+        say(f"stopped by {name} after step {done}: the same command goes on from there")
+        sys.exit(128 + stop)
+
+
+def test_knn(run, step):
+    """Log the k-NN accuracy (k = 20) of teacher and student, on a part of the labelled images."""
+    in_turn(lambda: test_knn_alone(run, step))
+
+
+def test_knn_alone(run, step):
+    if not (run.main and run.images.labels and run.args.knn_every):
+        return
+    how = Extraction(run.state.center.device, workers=run.args.workers)
+    limits = run.args.knn_bank, 1000
+
+    def top1(name):
+        backbone = getattr(run.state, name).backbone
+        return knn_of(backbone, run.images, run.val, how, (20,), limits)[0][20]
+
+    teacher = top1("teacher")
+    student = top1("student") if step else teacher  # they begin alike
+    run.log(step=step, epoch=round(step / run.steps_per_epoch), knn=teacher, knn_student=student)
+    note = f" ({starting_point(run)})" if step == 0 else ""
+    say(f"epoch {round(step / run.steps_per_epoch)}: k-NN {teacher:.1f} %{note}")
+
+
+def starting_point(run):
+    return "before training" if run.args.init else "untrained"
+
+
+def few_images(images, count=4):
+    """Return a few of the images, spread evenly, always the same; of a long strip, a part.
+
+    In the place of one that cannot be read stands the next that can.
+    """
+    views = Views(images, lambda image, rng: (image[:, : 3 * image.shape[2], : 3 * image.shape[1]],))
+    count = min(count, len(images))
+    return [views[0, i * len(images) // count][0] for i in range(count)]
+
+
+def keep_attention(run, step):
+    """At steps 0, 1, 2, 4, 8, ... keep what the teacher attends to in a few images.
+
+    It goes with the checkpoint, and in the end into emergence.png.
+    """
+    power_of_two = step & (step - 1) == 0
+    if run.main and power_of_two and isinstance(run.state.teacher.backbone, ViT):
+        run.attention[step] = attend_to_few(run)
+
+
+def attend_to_few(run):
+    backbone = run.state.teacher.backbone
+    return [attend(backbone, image) for image in few_images(run.val or run.images)]
+
+
+def finish(run):
+    """Draw the pictures, and say where everything is and what came of it."""
+    if not run.main:
+        return
+    backbone, output = run.state.teacher.backbone, run.args.output
+    is_vit = isinstance(backbone, ViT)
+    draw_curves(run.lines(), output / "curves.png", run.args.out_dim)
+    files = ["last.pth", "curves.png"]
+    if is_vit:
+        images = few_images(run.val or run.images)
+        draw_attention(backbone, images, output / "attention.png")
+        kept = run.attention | {run.last: attend_to_few(run)}
+        draw_emergence(images, kept, output / "emergence.png")
+        files += ["attention.png", "emergence.png"]
+    say(f"done in {minutes(time.monotonic() - run.start)}")
+    for name in files:
+        say(f"  {output / name}")
+    tests = [line for line in run.lines() if "knn" in line]
+    if len(tests) > 1:
+        say(
+            f"  k-NN: teacher {tests[-1]['knn']:.1f} %, student {tests[-1]['knn_student']:.1f} %, "
+            f"{starting_point(run)} {tests[0]['knn']:.1f} %"
+        )
+    if is_vit and isinstance(run.images, Shapes):
+        say_jaccard(run)
+    if run.bad:
+        say(f"  {len(run.bad)} images could not be read")
+    say("next:")
+    if run.images.labels:
+        say(f"  python evaluate.py linear {output / 'last.pth'} --cached")
+    if is_vit:
+        say(f"  python visualize.py {output / 'last.pth'} img.jpg")
+
+
+def say_jaccard(run):
+    """Compare attention with the built-in images' objects (Figure 4)."""
+    teacher, student = run.state.teacher.backbone, run.state.student.backbone.eval()
+    networks = [teacher, student, untrained(teacher)]
+    images, device = Shapes("val", 200), run.state.center.device
+    means, *_ = attention_masks(networks, images, device, usual_size(teacher))
+    teacher, student, fresh = means[:, 0].tolist()
+    say(
+        "  best head's attention on objects (Jaccard index): "
+        f"teacher {teacher:.1f} %, student {student:.1f} %, untrained {fresh:.1f} %"
+    )
