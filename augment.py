@@ -1,15 +1,11 @@
-"""Multi-crop and its augmentations (section 3.1, "Multi-crop", and 3.2, "Implementation details").
+"""Multi-crop and its augmentations (sections 3.1 and 3.2, "Implementation details").
 
-An image becomes two global views and several local ones. The work is done in two halves:
+    MultiCrop     geometry, image by image in the loader's workers, on uint8: crop, resize, flip
+    photometry    the rest, a batch at a time on the training device: colour jitter, grey, blur,
+                  solarise, normalise, with the parameters that MultiCrop has drawn for each view
 
-    MultiCrop     geometry, image by image in the loader's workers, on uint8: crop, resize, flip.
-                  It also draws the parameters of each view's photometry.
-    photometry    the rest, a whole batch at once on the training device: colour jitter, grey,
-                  blur, solarise, normalise, with the parameters drawn for each view.
-
-The result has the distribution of the reference code's per-image pipeline. Every draw comes from
-the generator passed in, so a view depends on (seed, epoch, sample) alone, not on which process or
-device makes it. Axes: b batch, v views, c channel, h w rows and columns.
+The distribution is that of the reference code's per-image pipeline. Every draw comes from the
+generator passed in: a view follows from (seed, epoch, sample). Axes: b batch, v views, c channel.
 """
 
 import math
@@ -22,25 +18,24 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+PARAMETERS = ("brightness", "contrast", "saturation", "hue", "order", "gray", "sigma", "solarize")
+ORDERS = torch.tensor(list(permutations(range(4))))  # of the jitter's four operations
 
 
 class View(NamedTuple):
-    """One view: its side in pixels, its area as a share of the image's, and two probabilities."""
+    """A kind of view."""
 
-    size: int
-    scale: tuple[float, float]
-    blur: float
-    solarize: float
-
-
-# ---- geometry: one image, in a worker ----
+    size: int  # its side in pixels
+    scale: tuple[float, float]  # its area, as a share of the image's
+    blur: float  # probability
+    solarize: float  # probability
 
 
+# Geometry: one image, in a worker.
 def random_box(height, width, scale, rng: Random, ratio=(3 / 4, 4 / 3)):
-    """Draw a random resized crop: (top, left, height, width) in pixels.
+    """Draw (top, left, height, width) as torchvision does: area uniform, aspect log-uniform.
 
-    The area is uniform in scale, the aspect log-uniform in ratio, the place uniform. As torchvision
-    does it: ten tries to fit into the image, then the largest central crop within ratio.
+    Of ten draws the first that fits, else the largest central box within ratio.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -67,56 +62,41 @@ def random_resized_crop(image, size, scale, rng: Random):
 
 
 class MultiCrop:
-    """Geometry: uint8 [3, h, w] -> (globals [2, 3, g, g], locals [v - 2, 3, l, l], parameters).
+    """uint8 [3, h, w] -> globals [2, 3, g, g], locals [v - 2, 3, l, l] and photometry [v, 8].
 
-    The crops are uint8; the parameters of their photometry are float32 [v, len(PARAMETERS)].
+    The crops are uint8, no tensor if there are none; the photometry is float32, see PARAMETERS.
     """
 
-    def __init__(
-        self,
-        global_size=224,
-        local_size=96,
-        local_crops=8,
-        global_scale=(0.4, 1.0),
-        local_scale=(0.05, 0.4),
-    ):
-        first_global = View(global_size, global_scale, blur=1.0, solarize=0.0)
-        second_global = View(global_size, global_scale, blur=0.1, solarize=0.2)
+    def __init__(self, global_size=224, local_size=96, local_crops=8,
+                 global_scale=(0.4, 1.0), local_scale=(0.05, 0.4)):  # fmt: skip
+        global_1 = View(global_size, global_scale, blur=1.0, solarize=0.0)
+        global_2 = View(global_size, global_scale, blur=0.1, solarize=0.2)
         local = View(local_size, local_scale, blur=0.5, solarize=0.0)
-        self.views = [first_global, second_global] + [local] * local_crops
-        self.no_locals = torch.empty(0, 3, local_size, local_size, dtype=torch.uint8)
+        self.views = [global_1, global_2] + [local] * local_crops
 
     def __call__(self, image, rng: Random):
         crops, parameters = [], []
         for view in self.views:
             crops.append(random_resized_crop(image, view.size, view.scale, rng))
             parameters.append(draw_parameters(rng, view.blur, view.solarize))
-        local = torch.stack(crops[2:]) if len(crops) > 2 else self.no_locals
-        return torch.stack(crops[:2]), local, torch.tensor(parameters)
+        groups = [torch.stack(group) for group in (crops[:2], crops[2:]) if group]
+        return *groups, torch.tensor(parameters, dtype=torch.float32)
 
 
-# ---- photometry: a batch, on the training device ----
-
-PARAMETERS = ("brightness", "contrast", "saturation", "hue", "order", "gray", "sigma", "solarize")
-ORDERS = torch.tensor(list(permutations(range(4))))  # in which the jitter's four operations follow
-
-
+# Photometry: a batch, on the training device.
 def draw_parameters(rng: Random, blur, solarize):
-    """Draw one view's photometry, floats in the order of PARAMETERS.
+    """Draw one view's photometry: floats in the order of PARAMETERS.
 
-    Colour jitter with probability 0.8, grey 0.2, blur and solarise as given. What is not applied:
-    order -1, grey 0, sigma 0, solarise 0.
+    Jitter has probability 0.8, grey 0.2. Not applied: order -1, grey 0, sigma 0, solarise 0.
     """
     jittered = rng.random() < 0.8
-    brightness = rng.uniform(0.6, 1.4)
-    contrast = rng.uniform(0.6, 1.4)
-    saturation = rng.uniform(0.8, 1.2)
-    hue = rng.uniform(-0.1, 0.1)  # in turns
-    order = rng.randrange(len(ORDERS))
-    jitter = [brightness, contrast, saturation, hue, order] if jittered else [1, 1, 1, 0, -1]
+    brightness, contrast = rng.uniform(0.6, 1.4), rng.uniform(0.6, 1.4)
+    saturation, hue = rng.uniform(0.8, 1.2), rng.uniform(-0.1, 0.1)  # hue in turns
+    drawn = [brightness, contrast, saturation, hue, rng.randrange(len(ORDERS))]
+    jitter = drawn if jittered else [1, 1, 1, 0, -1]
     sigma = rng.uniform(0.1, 2.0) if rng.random() < blur else 0
     gray = rng.random() < 0.2
-    return [float(value) for value in [*jitter, gray, sigma, rng.random() < solarize]]
+    return [*jitter, gray, sigma, rng.random() < solarize]
 
 
 def grayscale(x):
@@ -142,12 +122,11 @@ def adjust_saturation(x, factor):
 
 
 def adjust_hue(x, turns):
-    """Turn the hue by turns [b], at most a sixth either way: what HSV does, without leaving RGB.
+    """Turn the hue in HSV by turns [b], at most a sixth either way, without leaving RGB.
 
     As the hue goes round, a channel stays at the pixel's highest value for a third of a turn, falls
     for a sixth, stays at the lowest for a third, rises for a sixth. 2 x - middle is the line of the
-    nearer slope, carried on beyond it. Turning moves x along that line, and the clamp restores the
-    plateaus. It takes no division and no branch per pixel: a third of HSV's time there and back.
+    nearer slope, carried on: turning moves along it, and the clamp restores the plateaus.
     """
     r, g, b = x.unbind(1)
     high = torch.maximum(torch.maximum(r, g), b)
@@ -160,10 +139,10 @@ def adjust_hue(x, turns):
 
 
 def color_jitter(x, factors, order):
-    """Jitter [b, 3, h, w] in place: each sample with its own factors [b, 4] and order [b].
+    """Jitter [b, 3, h, w] in place, each sample with its own factors [b, 4] and order [b].
 
-    order indexes ORDERS and lies on the host; -1 leaves the sample as it is. In each of four rounds
-    every operation runs on the samples whose turn it is.
+    order indexes ORDERS and lies on the host; -1 leaves a sample as it is. In each of four rounds,
+    each operation runs on the samples whose turn it is.
     """
     adjust = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
     operations = ORDERS[order.long()].masked_fill((order < 0)[:, None], -1)
@@ -175,10 +154,9 @@ def color_jitter(x, factors, order):
 
 
 def gaussian_blur(x, sigma, radius=6):
-    """Blur [b, 3, h, w], each sample with its own sigma [b] in pixels; the borders reflect.
+    """exp(-r^2 / (2 sigma^2)), normalised, along columns and along rows; the borders reflect.
 
-    exp(-r^2 / (2 sigma^2)), normalised, along columns and then along rows. radius: 3 x the largest
-    sigma, 2.
+    sigma [b] is each sample's own, in pixels. radius: 3 x the largest sigma, 2.
     """
     radius = min(radius, x.shape[2] - 1, x.shape[3] - 1)
     r = torch.arange(-radius, radius + 1, device=x.device)
@@ -198,8 +176,7 @@ def solarize(x):
 
 def normalize(x):
     """(x - mean) / std of ImageNet, channel by channel: [b, 3, h, w] in [0, 1] -> about [-2, 3]."""
-    channels = [(x[:, c] - MEAN[c]).div_(STD[c]) for c in range(3)]
-    return torch.stack(channels, 1)
+    return torch.stack([(x[:, c] - MEAN[c]).div_(STD[c]) for c in range(3)], 1)
 
 
 def indices(mask, device):
@@ -208,10 +185,7 @@ def indices(mask, device):
 
 
 def photometry(crops, parameters):
-    """Apply the drawn parameters, [b, len(PARAMETERS)] on the host, to uint8 crops [b, 3, h, w].
-
-    Returns float32 [b, 3, h, w], normalised, on the crops' device.
-    """
+    """uint8 crops [b, 3, h, w], parameters [b, 8] on the host -> float32 crops, normalised."""
     device = crops.device
     order, gray, sigma, solarized = parameters[:, 4:].unbind(1)
     factors = parameters[:, :4].to(device, non_blocking=True)
@@ -226,22 +200,16 @@ def photometry(crops, parameters):
     return normalize(x)
 
 
-def views_on(device, globals_, locals_, parameters):
-    """Turn a loader's batch into what the networks see.
-
-    uint8 [b, 2, 3, g, g] and [b, v - 2, 3, l, l], parameters [b, v, len(PARAMETERS)] -> a list of
-    float32 [2, b, 3, g, g] and, if there are local crops, [v - 2, b, 3, l, l], on the device.
-    """
-    views, start = [], 0
-    for crops in (globals_, locals_):
+def views_on(device, batch):
+    """A loader's batch -> what the networks see: [2, b, 3, g, g] and [v - 2, b, 3, l, l]."""
+    *groups, parameters = batch
+    views = []
+    for crops, drawn in zip(groups, parameters.split([group.shape[1] for group in groups], 1)):
         v = crops.shape[1]
-        if v == 0:
-            continue
-        flat = rearrange(crops.to(device, non_blocking=True), "b v c h w -> (v b) c h w")
-        drawn = rearrange(parameters[:, start : start + v], "b v p -> (v b) p")
+        crops = rearrange(crops.to(device, non_blocking=True), "b v c h w -> (v b) c h w")
+        drawn = rearrange(drawn, "b v p -> (v b) p")
         # All at once would be the same; a CPU is twice as fast on parts that its cache holds.
-        part = len(flat) if flat.device.type != "cpu" else max(1, 2**20 // flat[0].numel())
-        parts = [photometry(x, p) for x, p in zip(flat.split(part), drawn.split(part))]
+        part = max(1, 2**20 // crops[0].numel()) if crops.device.type == "cpu" else len(crops)
+        parts = [photometry(x, p) for x, p in zip(crops.split(part), drawn.split(part))]
         views.append(rearrange(torch.cat(parts), "(v b) c h w -> v b c h w", v=v))
-        start += v
     return views

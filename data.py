@@ -15,11 +15,13 @@ from random import Random
 
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
 
+from augment import views_on
 from shapes import Shapes
+from terminal import outlive_signals
 
 EXTENSIONS = tuple(".jpg .jpeg .png .webp .bmp .gif .ppm .pgm .tif .tiff".split())
 HELD_OUT = ("val", "valid", "validation", "test")  # names of a held-out split, the first there is
@@ -229,6 +231,14 @@ def load(name, split="train"):
     return None if folder is None else Folder(folder)
 
 
+def load_both(name):
+    """Open (training images, held-out images with the same classes or None)."""
+    train, val = load(name, "train"), load(name, "val")
+    if val is not None and val.classes != train.classes:
+        val = None
+    return train, val
+
+
 # ---- samples and batches ----
 
 
@@ -289,3 +299,21 @@ class Batches:
     def permutation(self, epoch):
         seed = Random(f"{self.seed} {epoch}").getrandbits(63)
         return torch.randperm(self.length, generator=torch.Generator().manual_seed(seed))
+
+
+def load_views(samples, batches, workers, device, bad):
+    """Yield each batch as the networks see it; add the indices of what cannot be read to bad.
+
+    samples: Views of MultiCrop. Yields [2, b, 3, g, g] and [v - 2, b, 3, l, l] on the device.
+    """
+    loader = DataLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=workers,
+        worker_init_fn=outlive_signals,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+    )
+    for *batch, replaced in loader:
+        bad.update(replaced[replaced >= 0].tolist())
+        yield views_on(device, batch)

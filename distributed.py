@@ -5,7 +5,7 @@ Without torchrun the same code runs in one process, and none of this talks to an
 
 import functools
 import os
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -39,10 +39,12 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def join(name):
-    """Meet the other processes that torchrun started, if it did: (device, rank, world).
+@contextmanager
+def processes(name):
+    """Meet the other processes that torchrun started, if it did, and part from them at the end.
 
-    name "cuda" is each process's own GPU. CPU tensors go through gloo, a GPU's through nccl.
+    Yields (device, rank, world). name "cuda" is each process's own GPU. CPU tensors go through
+    gloo, a GPU's through nccl.
     RuntimeError, then or later: one process keeps the others waiting for ten minutes.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -58,13 +60,11 @@ def join(name):
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=10)
         )
-    return device, rank, world
-
-
-def leave():
-    """Part from the other processes, if there are any."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        yield device, rank, world
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def parallel(module, device, world):

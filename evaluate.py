@@ -155,11 +155,11 @@ def without_unread(out, read, images, indices):
     """Leave out the images that could not be read, and say so. ValueError: that is all of them."""
     if all(read):
         return out, indices
-    first_bad = images.name(indices[read.index(False)])
+    first = images.name(indices[read.index(False)])
     if not any(read):
-        raise ValueError(f"none of {len(indices)} images can be read, the first of them {first_bad!r}")
+        raise ValueError(f"none of {len(indices)} images can be read, the first of them {first!r}")
     count = read.count(False)
-    say(f"{count} images cannot be read and are left out, the first {first_bad!r}", sys.stderr)
+    say(f"{count} images cannot be read and are left out, the first {first!r}", sys.stderr)
     kept = [index for index, good in zip(indices, read) if good]
     return out[torch.tensor(read, device=out.device)], kept
 
@@ -178,9 +178,9 @@ def fingerprint(backbone, images, indices, how):
 
 
 def choose_labelled(labels, limit=None):
-    """Return the indices of labelled images: all of them, or limit drawn at random, always the same.
+    """Return the indices of labelled images: all of them, or limit drawn at random.
 
-    ValueError: there are none.
+    The draw is always the same. ValueError: there are none.
     """
     indices = [i for i, label in enumerate(labels) if label >= 0]
     if not indices:
@@ -276,7 +276,7 @@ def evaluate_knn(args, subject):
 
 
 def head_logits(x, heads):
-    """Features [b, d] and heads [s, c, d + 1], whose last column is the bias -> logits [s, b, c]."""
+    """Features [b, d], heads [s, c, d + 1] (the last column: the bias) -> logits [s, b, c]."""
     return einsum(F.pad(x, (0, 1), value=1.0), heads, "b d, s c d -> s b c")
 
 

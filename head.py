@@ -31,17 +31,14 @@ class WeightNormLinear(nn.Module):
 class DINOHead(nn.Module):
     """[b, in_dim] -> logits [b, out_dim], before any temperature. out_dim is K."""
 
-    def __init__(
-        self, in_dim, out_dim=65536, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True
-    ):
+    def __init__(self, in_dim, out_dim=65536, hidden_dim=2048, bottleneck_dim=256,
+                 norm_last_layer=True):  # fmt: skip
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(in_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.GELU(),
+            nn.Linear(in_dim, hidden_dim), nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
             nn.Linear(hidden_dim, bottleneck_dim),
-        )
+        )  # fmt: skip
         for layer in self.mlp[::2]:
             std = 0.02 if in_dim >= 192 else layer.in_features**-0.5  # for small nets, as in vit.py
             nn.init.trunc_normal_(layer.weight, std=std)

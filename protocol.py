@@ -12,7 +12,7 @@ from torch import nn
 
 from backbone import untrained
 from checkpoint import RELEASED, load_backbone
-from distributed import in_turn, join, leave
+from distributed import in_turn, processes
 from recipe import add_device_flag, add_network_flag
 from terminal import first_process, say
 
@@ -37,7 +37,8 @@ class Subject(NamedTuple):
 
 def add_flags(parser):
     """Add the flags that all evaluating commands have."""
-    parser.add_argument("checkpoint", help=f"a checkpoint, or released weights: {', '.join(RELEASED)}")
+    names = ", ".join(RELEASED)
+    parser.add_argument("checkpoint", help=f"a checkpoint, or released weights: {names}")
     parser.add_argument("--data", help="a folder or a data set's name "
                         "(default: what the checkpoint was trained on)")  # fmt: skip
     add_network_flag(parser)
@@ -57,8 +58,7 @@ def check_positive(args, *flags):
 
 def run_protocol(args, protocol):
     """Call protocol(args, subject) in each process, and add its figures to evaluate.jsonl."""
-    device, rank, world = join(args.device)
-    try:
+    with processes(args.device) as (device, rank, world):
         start = time.monotonic()
         subject = open_subject(args, device, rank, world)
         figures = protocol(args, subject)
@@ -73,8 +73,6 @@ def run_protocol(args, protocol):
         if first_process():
             with open(subject.folder / "evaluate.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-    finally:
-        leave()
 
 
 def open_subject(args, device, rank, world):

@@ -76,10 +76,11 @@ GROUPS = {  # how summary() arranges the configuration
     "network": "arch patch drop_path init",
     "crops": "global_size global_scale local_size local_scale local_crops",
     "head": "out_dim hidden_dim bottleneck_dim norm_last_layer freeze_last_layer",
-    "teacher": "momentum center_momentum student_temp teacher_temp warmup_teacher_temp "
-    "warmup_teacher_temp_epochs no_centering no_sharpening",
+    "teacher": "momentum center_momentum no_centering no_sharpening",
+    "softmax": "student_temp teacher_temp warmup_teacher_temp warmup_teacher_temp_epochs",
     "optimiser": "optimizer lr min_lr warmup_epochs weight_decay weight_decay_end clip",
-    "run": "data epochs steps batch accumulate seed amp device workers output",
+    "length": "data epochs steps batch accumulate seed",
+    "machine": "device amp workers output",
 }
 
 
@@ -203,9 +204,9 @@ def add_run_flags(parser):
         help="stop after this many steps; changes no schedule (0: at the end)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the student")
     add("--recompute", action="store_true",
-        help="compute a ViT's activations again on the way back: less memory, more time")  # fmt: skip
-    add("--workers", type=int, help="processes that load images "
-        "(default: up to 10 on a GPU; on a CPU 1, or 0 where there are only two cores)")  # fmt: skip
+        help="compute activations again on the way back: less memory, more time")  # fmt: skip
+    add("--workers", type=int, help="processes that load images (default: up to 10 on a GPU; on a "
+        "CPU 1, or 0 where there are only two cores)")  # fmt: skip
     add_device_flag(parser)
     add("--output", type=Path,
         help="the run's folder (default: runs/NAME, from architecture and data)")  # fmt: skip

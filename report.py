@@ -1,4 +1,4 @@
-"""What surrounds a training step: the log, checkpoints, k-NN tests, and the pictures at the end."""
+"""What surrounds a training step: the log, checkpoints, k-NN tests, the pictures at the end."""
 
 import signal
 import sys
@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from backbone import untrained
 from data import Views
 from distributed import in_turn, mean_over_processes
 from evaluate import Extraction, knn_of
@@ -13,12 +14,17 @@ from segment import attend, attention_masks, usual_size
 from shapes import Shapes
 from terminal import minutes, say
 from visualize import draw_attention, draw_curves, draw_emergence
-from backbone import untrained
 from vit import ViT
 
 
 def before_training(run):
-    """Test and keep what the networks are at the start."""
+    """Say what is about to be trained; test and keep what the networks are at the start."""
+    args, peak = run.args, run.args.lr * run.global_batch / 256
+    say(
+        f"{len(run.images)} images, {run.world} x {args.batch} x {args.accumulate} a step, "
+        f"{run.total} steps, learning rate {args.lr:g} x {run.global_batch} / 256 = {peak:g}, "
+        f"{run.state.center.device}, {run.dtype or 'float32'}"
+    )
     if run.first == 0:
         test_knn(run, 0)
         keep_attention(run, 0)
@@ -45,21 +51,11 @@ def after_step(run, done, schedule, watched, norm):
         norms = torch.stack(run.norms).tolist()
         skipped = run.check_finite(done, loss, norms)
     if logs:
-        run.log(
-            step=done,
-            epoch=epoch,
-            loss=loss,
-            entropy=entropy,
-            mean_entropy=mean_entropy,
-            kl=loss - entropy,
-            lr=schedule.lr,
-            weight_decay=schedule.weight_decay,
-            momentum=schedule.momentum,
-            teacher_temp=schedule.teacher_temp,
-            grad_norm=norms[-1],
-            skipped=len(skipped),
-        )
-        run.watch(epoch, entropy, mean_entropy, loss - entropy)
+        kl = loss - entropy
+        figures = dict(loss=loss, entropy=entropy, mean_entropy=mean_entropy, kl=kl)
+        gradient = dict(grad_norm=norms[-1], skipped=len(skipped))
+        run.log(step=done, epoch=epoch, **figures, **schedule._asdict(), **gradient)
+        run.watch(epoch, entropy, mean_entropy, kl)
         run.progress(done, loss, entropy)
         run.norms.clear()
     if ended and args.knn_every and (round(epoch) % args.knn_every == 0 or done == run.total):
@@ -108,7 +104,12 @@ def few_images(images, count=4):
 
     In the place of one that cannot be read stands the next that can.
     """
-    views = Views(images, lambda image, rng: (image[:, : 3 * image.shape[2], : 3 * image.shape[1]],))
+
+    def part(image, rng):
+        h, w = image.shape[1:]
+        return (image[:, : 3 * w, : 3 * h],)
+
+    views = Views(images, part)
     count = min(count, len(images))
     return [views[0, i * len(images) // count][0] for i in range(count)]
 

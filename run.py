@@ -46,7 +46,8 @@ class Run:
     """
 
     def __init__(self, args, images, val, state, batches, dtype=None):
-        self.args, self.images, self.val, self.state = args, images, val, state
+        self.args, self.images, self.val = args, images, val
+        self.state, self.dtype = state, dtype
         self.world, self.main = batches.world, batches.rank == 0
         self.steps_per_epoch, self.global_batch = batches.steps_per_epoch, batches.total
         self.total = args.epochs * self.steps_per_epoch  # steps in all
@@ -118,7 +119,7 @@ class Run:
             say("note: the schedules follow the new --epochs from here on")
 
     def open_folder(self, anew):
-        """Make the folder ready: the configuration, and a log without lines from after self.first."""
+        """Make the folder ready: write the configuration, cut the log at the first step."""
         folder = self.args.output
         folder.mkdir(parents=True, exist_ok=True)
         if anew:
@@ -193,7 +194,7 @@ class Run:
             return
         marks = torch.zeros(len(self.images), dtype=torch.uint8)
         marks[list(self.bad)] = 1
-        self.bad = set(agree(marks).nonzero().flatten().tolist())
+        self.bad.update(agree(marks).nonzero().flatten().tolist())
         for index in sorted(self.bad - self.named):
             name = self.images.name(index)
             say(f"cannot read {name!r}: its place is taken by the next image", sys.stderr)
@@ -228,10 +229,9 @@ class Run:
             say(f"warning: {message}")
 
     def progress(self, done, loss, entropy):
-        rate = (done - self.first) / (time.monotonic() - self.start)
-        speed = f"{rate * self.global_batch:.0f} images/s, {minutes((self.last - done) / rate)} left"
-        epoch = done / self.steps_per_epoch
+        rate = (done - self.first) / (time.monotonic() - self.start)  # steps a second
         status(
-            f"epoch {epoch:.2f}/{self.args.epochs}  step {done}  loss {loss:.3f}  "
-            f"entropy {entropy:.3f}  KL {loss - entropy:.3f}  {speed}"
+            f"epoch {done / self.steps_per_epoch:.2f}/{self.args.epochs}  step {done}  "
+            f"loss {loss:.3f}  entropy {entropy:.3f}  KL {loss - entropy:.3f}  "
+            f"{rate * self.global_batch:.0f} images/s, {minutes((self.last - done) / rate)} left"
         )

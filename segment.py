@@ -122,10 +122,11 @@ def read_objects(images, i):
 
 
 def attention_masks(networks, images, device, short, mass=0.6, rank=0, world=1):
-    """Figure 4 as a figure: (mean Jaccard index in per cent [networks, 1 + heads], objects, images).
+    """Figure 4 in numbers: (Jaccard index in per cent [networks, 1 + heads], objects, images).
 
-    The first column takes each object's best head, the others are one head's each. Images are fit
-    to whole patches near short pixels, objects like them; images without objects are left out.
+    It is the mean over objects. The first column takes each object's best head, the others are one
+    head's each. Images are fit to whole patches near short pixels, objects like them; images
+    without objects are left out.
     ValueError: all are.
     """
     heads, start = networks[0].heads, time.monotonic()
@@ -149,7 +150,7 @@ def attention_masks(networks, images, device, short, mass=0.6, rank=0, world=1):
 
 
 def image_jaccard(networks, image, objects, void, device, short, mass):
-    """Return the Jaccard index of each network's heads with an image's objects, [networks, o, heads]."""
+    """Compare each network's heads with an image's objects: Jaccard index [networks, o, heads]."""
     patch = networks[0].patch
     masks = 255 * torch.cat([void[None], objects]).byte()
     void, *objects = fit(masks, short, patch).to(device) > 127

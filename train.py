@@ -6,7 +6,7 @@
 
 Algorithm 1, line by line                           here
     the networks: teacher = student at first        build_networks()
-    two random views x1, x2 of each image           MultiCrop and views_on()     augment.py
+    two random views x1, x2 of each image           MultiCrop, photometry()      augment.py
     student and teacher outputs                     Network.forward()
     loss: H(t1, s2) / 2 + H(t2, s1) / 2             dino_loss()                  loss.py
       H: stop the gradient, centre and sharpen      teacher_probabilities()      loss.py
@@ -26,20 +26,20 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import nn
-from torch.utils.data import DataLoader
 
 import recipe
-from augment import MultiCrop, views_on
+from augment import MultiCrop
 from backbone import build_backbone, recompute_activations
 from checkpoint import start_from
-from data import Batches, Views, load
-from distributed import amp_dtype, autocast, in_turn, join, leave, parallel, synchronised
+from data import Batches, Views, load_both, load_views
+from distributed import amp_dtype, autocast, in_turn, parallel, processes, synchronised
 from head import DINOHead
 from loss import batch_center, dino_loss, entropies, update_center
+from optimizer import build_optimizer, set_rates
 from recipe import check, schedules, summary
 from report import after_step, before_training, finish
 from run import Run
-from terminal import listen, outlive_signals, run_command, say
+from terminal import listen, run_command, say
 from vit import ViT
 
 
@@ -101,7 +101,7 @@ def train_step(state, forward, batches, schedule, args, precision):
         for p in student.head.last_layer.parameters():
             p.grad = None
     norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip or math.inf)
-    set_rates(optimizer, schedule)
+    set_rates(optimizer, schedule.lr, schedule.weight_decay)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -117,13 +117,6 @@ def update_teacher(teacher, student, momentum):
     """theta_t <- lambda theta_t + (1 - lambda) theta_s, where momentum is lambda."""
     for t, s in zip(teacher.parameters(), student.parameters()):
         t.lerp_(s, 1 - momentum)
-
-
-def set_rates(optimizer, schedule):
-    """Set a step's learning rate and weight decay; biases and norms do not decay."""
-    for group in optimizer.param_groups:
-        group["lr"] = schedule.lr
-        group["weight_decay"] = schedule.weight_decay if group["decays"] else 0.0
 
 
 def build_networks(args, device, world):
@@ -148,83 +141,33 @@ def build_networks(args, device, world):
     return student, teacher
 
 
-def parameter_groups(network):
-    """Split what is trained: matrices decay, biases and norms do not."""
-    trained = [p for p in network.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "decays": True},
-        {"params": [p for p in trained if p.ndim == 1], "decays": False},
-    ]
-
-
-def build_optimizer(args, student, device, dtype):
-    """Return the optimizer and the scaler of its gradients.
-
-    The scaler is there in every precision, since it skips a step whose gradient is not finite; in
-    fp16 alone it scales.
-    """
-    groups = parameter_groups(student)
-    if args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, fused=True)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
-    if dtype is torch.float16:
-        scaler = torch.amp.GradScaler(device.type)
-    else:
-        scaler = torch.amp.GradScaler(device.type, 1.0, growth_interval=2**31 - 1)
-    return optimizer, scaler
-
-
-def load_views(images, batches, args, device, bad):
-    """Yield each batch's views as the networks see them; add what cannot be read to bad."""
-    crop = MultiCrop(
-        args.global_size, args.local_size, args.local_crops, args.global_scale, args.local_scale
-    )
-    loader = DataLoader(
-        Views(images, crop, args.seed),
-        batch_sampler=batches,
-        num_workers=args.workers,
-        worker_init_fn=outlive_signals,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4 if args.workers else None,
-    )
-    for *batch, replaced in loader:
-        bad.update(replaced[replaced >= 0].tolist())
-        yield views_on(device, *batch)
-
-
 def train(args, device, rank, world):
     # Images, and in what order the processes see them.
-    images = in_turn(lambda: load(args.data, "train"))
-    val = in_turn(lambda: load(args.data, "val"))
-    if val is not None and val.classes != images.classes:
-        val = None
+    images, val = in_turn(lambda: load_both(args.data))
     batches = Batches(len(images), args.batch, args.accumulate, rank, world, args.seed)
 
     # Student, teacher, centre and optimiser; a run that was stopped goes on from its checkpoint.
     dtype = amp_dtype(args.amp, device)
     student, teacher = build_networks(args, device, world)
     center = torch.zeros(args.out_dim, device=device)
-    state = State(student, teacher, center, *build_optimizer(args, student, device, dtype))
+    optimizer, scaler = build_optimizer(args.optimizer, student, device, dtype)
+    state = State(student, teacher, center, optimizer, scaler)
     run = Run(args, images, val, state, batches, dtype)
     run.resume()
     batches.first, batches.last = run.first, run.last
     forward = parallel(torch.compile(student) if args.compile else student, device, world)
 
-    rate = f"{args.lr:g} x {batches.total} / 256 = {args.lr * batches.total / 256:g}"
-    say(
-        f"{len(images)} images, {world} x {args.batch} x {args.accumulate} a step, "
-        f"{run.total} steps, learning rate {rate}, {device}, {dtype or 'float32'}"
+    crop = MultiCrop(
+        args.global_size, args.local_size, args.local_crops, args.global_scale, args.local_scale
     )
+    views = load_views(Views(images, crop, args.seed), batches, args.workers, device, run.bad)
     before_training(run)
     listen()
-    views = load_views(images, batches, args, device, run.bad)
     for step in range(run.first, run.last):
         # What drop path draws follows from the step and the process alone.
         torch.manual_seed(Random(f"{args.seed} {step} {rank}").getrandbits(63))
         schedule = schedules(step, args, batches.steps_per_epoch, batches.total)
-        precision = autocast(device, dtype)
-        watched, norm = train_step(state, forward, views, schedule, args, precision)
+        watched, norm = train_step(state, forward, views, schedule, args, autocast(device, dtype))
         after_step(run, step + 1, schedule, watched, norm)
     finish(run)
 
@@ -234,14 +177,11 @@ parse_args = partial(recipe.parse_args, __doc__)
 
 def main(args):
     check(args)
-    device, rank, world = join(args.device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    say(summary(args))
-    try:
+    with processes(args.device) as (device, rank, world):
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        say(summary(args))
         train(args, device, rank, world)
-    finally:
-        leave()
 
 
 if __name__ == "__main__":

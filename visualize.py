@@ -106,7 +106,7 @@ def save_figure(figure, path, **options):
 
 
 def draw_panels(rows, path, note):
-    """Draw rows of {title: panel} as a PNG; a row with more than nine panels takes several lines."""
+    """Draw rows of {title: panel} as a PNG; more than nine panels a row take several lines."""
     lines = math.ceil(len(rows[0]) / 9)
     columns = math.ceil(len(rows[0]) / lines)
     ratios = []  # of each line's height to its panels' width

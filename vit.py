@@ -1,20 +1,18 @@
 """The Vision Transformer f (section 3.2, "Vision Transformer", and Table 1).
 
-    images [b, 3, h, w]                       h and w are multiples of the patch's side p
-      -> patches  [b, n, 3 p p] -> linear     n = (h / p) (w / p)
-      -> tokens   [b, 1 + n, d]               the class token first, plus position embeddings
-      -> blocks   x + attention(norm(x)), then x + mlp(norm(x))
-      -> norm     -> the class token [b, d]
+    images [b, 3, h, w]                     h and w are multiples of the patch's side p
+      -> patches [b, n, 3 p p] -> linear    n = (h / p) (w / p)
+      -> tokens  [b, 1 + n, d]              the class token first, plus position embeddings
+      -> blocks  x + attention(norm(x)), then x + mlp(norm(x))
+      -> norm    -> the class token [b, d]
 
-Parameter names are the reference code's, so its weights fit. One thing is written differently: the
-patch embedding is a linear layer on flattened patches, not a convolution; the weights are the same
-numbers, flattened. Axes: b batch, c channel, h w rows and columns, p q within a patch, n tokens,
-d width.
+Parameter names are the reference code's; the patch embedding, a convolution there, is a linear
+layer here with the same weights, flattened. Axes: c channel, p q within a patch, n tokens, d width.
 """
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import einsum, rearrange, repeat
 from torch import nn
 
 ARCHITECTURES = {
@@ -39,10 +37,9 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: [b, n, d] -> [b, n, d].
+    """Multi-head self-attention: [b, n, d] -> [b, queries, d].
 
-    queries: how many of the first tokens ask (default: all n). Keys and values come from all n
-    tokens in any case; the output has as many tokens as ask.
+    queries: how many of the first tokens ask (default: all n). Keys and values come from all n.
     """
 
     def __init__(self, dim, heads):
@@ -54,11 +51,8 @@ class Attention(nn.Module):
     def split(self, x, queries):
         """Return q [b, heads, queries, d / heads], and k and v [b, heads, n, d / heads]."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (
-            rearrange(part, "b n (heads d) -> b heads n d", heads=self.heads)
-            for part in (q[:, :queries], k, v)
-        )
-        return q, k, v
+        parts = q[:, :queries], k, v
+        return [rearrange(p, "b n (heads d) -> b heads n d", heads=self.heads) for p in parts]
 
     def forward(self, x, queries=None):
         q, k, v = self.split(x, queries)
@@ -68,12 +62,12 @@ class Attention(nn.Module):
     def weights(self, x, queries=None):
         """Return softmax(q k^T / sqrt(d / heads)), [b, heads, queries, n], to be looked at."""
         q, k, _ = self.split(x, queries)
-        scale = q.shape[-1] ** -0.5
-        return (q @ rearrange(k, "b heads n d -> b heads d n") * scale).softmax(-1)
+        products = einsum(q, k, "b heads query d, b heads key d -> b heads query key")
+        return (products * q.shape[-1] ** -0.5).softmax(-1)
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between, the hidden one four times as wide: [b, n, d] -> same."""
+    """Two linear layers with GELU between, four times as wide there: [b, n, d] -> [b, n, d]."""
 
     def __init__(self, dim):
         super().__init__()
@@ -85,7 +79,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: [b, n, d] -> [b, n, d], or the first `queries` tokens of it."""
+    """A pre-norm transformer block: [b, n, d] -> [b, queries, d], by default all n tokens."""
 
     def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
@@ -110,18 +104,15 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer with a class token and learned position embeddings.
 
-    image_size: the side in pixels that the position embeddings are made for; images of any other
-    size that the patch divides work too.
+    image_size: the side in pixels that the position embeddings are made for; others work too.
     drop_path: the rate of the last block; it grows linearly from 0 at the first.
     ValueError: the patch does not divide image_size, or the heads the width.
     """
 
     def __init__(self, patch=16, dim=384, depth=12, heads=6, image_size=224, drop_path=0.0):
         super().__init__()
-        if image_size % patch:
-            raise ValueError(f"patch {patch} does not divide the image size {image_size}")
-        if dim % heads:
-            raise ValueError(f"{heads} heads do not divide the width {dim}")
+        if image_size % patch or dim % heads:
+            raise ValueError(f"{patch} must divide the size {image_size}, {heads} the width {dim}")
         self.patch, self.dim, self.heads, self.image_size = patch, dim, heads, image_size
         self.patch_embed = PatchEmbed(patch, dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -129,15 +120,8 @@ class ViT(nn.Module):
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.initialise()
-
-    def initialise(self):
-        """Draw weights from a truncated normal of standard deviation 0.02; biases are zero.
-
-        In a ViT narrower than ViT-Ti, 0.02 is so small that the tokens of all images look alike:
-        there the layers take 1 / sqrt(width).
-        """
-        std = 0.02 if self.dim >= 192 else self.dim**-0.5
+        # With 0.02 the tokens of a ViT narrower than ViT-Ti would look alike for all images.
+        std = 0.02 if dim >= 192 else dim**-0.5
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=std)
@@ -178,7 +162,7 @@ class ViT(nn.Module):
         return self.norm(x[:, 0])
 
     def tokens(self, images, last=1):
-        """Return all tokens after each of the last blocks, through the norm: [last, b, 1 + n, d]."""
+        """Return all tokens after each of the last blocks, normed: [last, b, 1 + n, d]."""
         x = self.embed(images)
         outputs = []
         for i, block in enumerate(self.blocks):

@@ -1,5 +1,8 @@
+import io
 import os
+import runpy
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,19 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)  # for the commands that tests start
 
 TINY = (
-    "--patch 8 --global_size 16 --local_size 8 --local_crops 2 --out_dim 64 --hidden_dim 32 --bottleneck_dim 16 --batch 4 --workers 0 "
+    "--patch 8 --global_size 16 --local_size 8 --local_crops 2 "
+    "--out_dim 64 --hidden_dim 32 --bottleneck_dim 16 --batch 4 --workers 0 "
     "--device cpu --knn_bank 20 --log_every 1"
 ).split()
+
+
+def without_keys(bias):
+    """The biases of queries and values: softmax ignores the keys', whose gradient is rounding.
+
+    Adam enlarges such a gradient, so that two runs may differ in these.
+    """
+    queries, _, values = bias.chunk(3)
+    return torch.cat([queries, values])
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +58,20 @@ def folder(tmp_path):
                     image = pixels.convert("RGB").convert(mode)
                 image.save(path / f"{i}.{'tif' if mode in ('CMYK', 'I;16') else 'png'}")
     return tmp_path / "images"
+
+
+def command_here(file, *flags, out=None):
+    """Run a command as typed, but in this process: (status, lines on stderr)."""
+    out = out or io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.setattr(sys, "argv", [file, *flags])
+        with redirect_stderr(io.StringIO()) as err:
+            try:
+                runpy.run_path(str(ROOT / file), run_name="__main__")
+                status = 0
+            except SystemExit as stop:
+                status = stop.code or 0
+                if isinstance(stop.code, str):  # the interpreter prints it
+                    print(stop.code, file=sys.stderr)
+                    status = 1
+    return status, err.getvalue().splitlines()

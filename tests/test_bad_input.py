@@ -1,51 +1,63 @@
-"""What a user can get wrong: each ends in one line that says so and a status that is not 0, and nothing is left half done."""
+"""What a user can get wrong.
+
+Each ends in one line that says so and a status that is not 0, and nothing is left half done.
+"""
 
 import io
 import json
 import os
 import random
-import runpy
 import shutil
 import struct
-import sys
 import zlib
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
-from conftest import ROOT, TINY
 from PIL import Image
 
+import data
 import train
-from data import Batches, Folder, Shapes, Views, read_image
+from backbone import build_backbone, resnet50
+from checkpoint import export
+from conftest import TINY, command_here
+from data import Batches, Folder, Views, read_image
 from head import DINOHead
-from vit import build_backbone, export, resnet50
-
-
-def command(file, *flags):
-    """As typed: (status, lines on stderr)."""
-    with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as err, redirect_stdout(io.StringIO()):
-        patch.setattr(sys, "argv", [file, *flags])
-        try:
-            runpy.run_path(str(ROOT / file), run_name="__main__")
-        except SystemExit as stop:
-            if isinstance(stop.code, str):  # the interpreter prints it
-                print(stop.code, file=sys.stderr)
-                return 1, err.getvalue().splitlines()
-            return stop.code, err.getvalue().splitlines()
-    return 0, err.getvalue().splitlines()
+from shapes import Shapes
 
 
 def png(width, height):
     """A PNG that claims a size, in a few bytes."""
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"\0" * 1000)),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with data sets and checkpoints, good and bad, for the commands to run in."""
+    """A folder with data sets, checkpoints and runs, good and bad, for the commands to run in."""
     place = tmp_path_factory.mktemp("place")
+    put_images(place)
+    put_checkpoints(place)
+    whole = (place / "bare.pth").read_bytes()
+    put_run(place / "run-foreign", {"weight": torch.zeros(3)})
+    put_run(place / "run-old", {"format": 1, "args": {}})
+    put_run(place / "run-cut", {})
+    (place / "run-cut" / "last.pth").write_bytes(whole[:5000])
+    (place / "run-folder" / "last.pth").mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        flags = "--data good --steps 1 --output run --knn_every 0"
+        train.main(train.parse_args([*TINY, *flags.split()]))
+    return place
+
+
+def put_images(place):
     image = Image.fromarray(Shapes()[0].permute(1, 2, 0).numpy())
 
     def folder(name, count, spoil=lambda i: False):
@@ -55,52 +67,52 @@ def place(tmp_path_factory):
             if spoil(i):
                 (place / name / f"{i}.png").write_bytes(b"no image")
 
-    for split, name in (("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")):
-        folder(f"good/{split}/{name}", 4)
-    for name in ("differ/train/a", "differ/train/b", "differ/val/c", "differ/val/d", "onlyone/train/a", "onlyone/train/b", "onlyone/val/a",
-                 "nothing/train/a", "nothing/train/b", "one/a"):  # fmt: skip
+    good = "good/train/a good/train/b good/val/a good/val/b "
+    differ = "differ/train/a differ/train/b differ/val/c differ/val/d "
+    others = "onlyone/train/a onlyone/train/b onlyone/val/a nothing/train/a nothing/train/b one/a"
+    for name in (good + differ + others).split():
         folder(name, 4)
     folder("few", 3)
     folder("half", 20, lambda i: i % 2)
     folder("bad/a", 11, lambda i: True)
     folder("bad/b", 11, lambda i: True)
-    (place / "text").mkdir()
+    for name in ("text", "empty", "split/train", "nothing/val/a"):
+        (place / name).mkdir(parents=True)
     (place / "text" / "readme.txt").write_text("no image")
-    (place / "empty").mkdir()
-    (place / "split" / "train").mkdir(parents=True)
-    (place / "nothing" / "val" / "a").mkdir(parents=True)
     image.save(place / "image.png")
     (place / "text.jpg").write_text("no image")
     (place / "bomb.png").write_bytes(png(100_000, 100_000))
     (place / "cut.png").write_bytes((place / "image.png").read_bytes()[:400])
+
+
+def put_checkpoints(place):
     backbone = build_backbone("vit_micro", 8, 16)
     torch.save(export(backbone), place / "bare.pth")
-    torch.save({"teacher": train.Network(backbone, DINOHead(backbone.dim, 8, 8, 4)).state_dict(), "args": {"data": "gone"}}, place / "gone.pth")
+    teacher = train.Network(backbone, DINOHead(backbone.dim, 8, 8, 4)).state_dict()
+    torch.save({"teacher": teacher, "args": {"data": "gone"}}, place / "gone.pth")
     torch.save(resnet50().state_dict(), place / "resnet.pth")
     torch.save({"weight": torch.zeros(3)}, place / "foreign.pth")
     (place / "text.pth").write_text("no weights")
     (place / "empty.pth").write_bytes(b"")
     whole = (place / "bare.pth").read_bytes()
     (place / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    for name, content in (("foreign", {"weight": torch.zeros(3)}), ("old", {"format": 1, "args": {}}), ("cut", None)):
-        (place / f"run-{name}").mkdir()
-        torch.save(content, place / f"run-{name}" / "last.pth")
-    (place / "run-cut" / "last.pth").write_bytes(whole[:5000])
-    (place / "run-folder" / "last.pth").mkdir(parents=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        train.main(train.parse_args([*TINY, "--data", "good", "--steps", "1", "--output", "run", "--knn_every", "0"]))
-    return place
 
 
+def put_run(folder, content):
+    folder.mkdir()
+    torch.save(content, folder / "last.pth")
+
+
+BOUNDED = (
+    "patch 0, patch -8, global_size 0, local_size -1, hidden_dim 0, bottleneck_dim 0, epochs 0, "
+    "batch 0, accumulate -1, log_every 0, knn_bank 0, local_crops -1, warmup_epochs -1, "
+    "freeze_last_layer -1, workers -1, steps -5, save_every -1, keep_every -1, keep -1, "
+    "knn_every -1, out_dim 1, lr -0.1, lr nan, lr inf, min_lr nan, weight_decay -1.0, "
+    "weight_decay_end nan, clip nan, student_temp 0.0, teacher_temp nan, teacher_temp 2.0, "
+    "warmup_teacher_temp 0.0, momentum 1.1, momentum nan, center_momentum -0.1, drop_path 1.0"
+)
 TRAIN = [  # flags of train.py, what the line says; --data good --output out come first
-    *((f"--{flag} {value}", f"--{flag} {value} must be at least") for flag, value in (
-        ("patch", 0), ("patch", -8), ("global_size", 0), ("local_size", -1), ("hidden_dim", 0), ("bottleneck_dim", 0), ("epochs", 0), ("batch", 0),
-        ("accumulate", -1), ("log_every", 0), ("knn_bank", 0), ("local_crops", -1), ("warmup_epochs", -1), ("freeze_last_layer", -1), ("workers", -1),
-        ("steps", -5), ("save_every", -1), ("keep_every", -1), ("keep", -1), ("knn_every", -1), ("out_dim", 1), ("lr", -0.1), ("lr", "nan"), ("lr", "inf"),
-        ("min_lr", "nan"), ("weight_decay", -1.0), ("weight_decay_end", "nan"), ("clip", "nan"), ("student_temp", 0.0), ("teacher_temp", "nan"),
-        ("teacher_temp", 2.0), ("warmup_teacher_temp", 0.0), ("momentum", 1.1), ("momentum", "nan"), ("center_momentum", -0.1), ("drop_path", 1.0),
-    )),
+    *((f"--{flag}", f"--{flag} must be at least") for flag in BOUNDED.split(", ")),
     ("--epochs many", "argument --epochs: invalid int value: 'many'"),
     ("--lr", "argument --lr: expected one argument"),
     ("--learning_rate 1", "unrecognized arguments: --learning_rate 1"),
@@ -133,7 +145,8 @@ TRAIN = [  # flags of train.py, what the line says; --data good --output out com
     ("--output image.png", "image.png"),
     ("--output image.png/run", "image.png"),
     ("--output run --data good --seed 5", "seed 0 -> 5): choose another --output"),
-    ("--output run --data good --lr 0.5", "lr 0.016 -> 0.5): choose another --output, or --overwrite it"),
+    ("--output run --data good --lr 0.5",
+     "lr 0.016 -> 0.5): choose another --output, or --overwrite it"),
     ("--output run-foreign", "run-foreign/last.pth is no run to resume"),
     ("--output run-old", "run-old/last.pth is no run to resume, or of another version"),
     ("--output run-cut", "run-cut/last.pth' is not a readable checkpoint: cut short"),
@@ -152,42 +165,46 @@ OTHERS = [
     ("evaluate.py knn bare.pth --network student --data few", "'few' has no labels"),
     ("evaluate.py knn gone.pth --network student --data good", "has no student, only teacher"),
     ("evaluate.py knn bare.pth --data one", "'one' has no labels"),
-    ("evaluate.py knn bare.pth --data differ", "the training split has classes ['a', 'b'], the held-out one ['c', 'd']: none in common"),
+    ("evaluate.py knn bare.pth --data differ",
+     "the training split has classes ['a', 'b'], the held-out one ['c', 'd']: none in common"),
     ("evaluate.py knn bare.pth --data onlyone", "the held-out split of 'onlyone' has no labels"),
     ("evaluate.py knn bare.pth --data nothing", "no images below"),
     ("evaluate.py linear bare.pth --data nothing", "no images below"),
     ("evaluate.py linear bare.pth --data few", "'few' has no labels"),
-    ("evaluate.py linear bare.pth --data differ/val", "no held-out split to test a linear classifier on"),
+    ("evaluate.py linear bare.pth --data differ/val",
+     "no held-out split to test a linear classifier on"),
     ("evaluate.py linear bare.pth --data good --lr 0.1 nan", "--lr [0.1, nan] must be positive"),
     ("evaluate.py linear bare.pth --data good --epochs 0", "--epochs 0 must be positive"),
     ("evaluate.py linear bare.pth --data good --last 0", "--last 0 must be positive"),
-    ("evaluate.py masks bare.pth --data good", "none of 8 images says where its objects are"),
-    ("evaluate.py masks bare.pth --data good --size 0", "--size 0 must be positive"),
-    ("evaluate.py masks bare.pth --data good --mass 1.5", "nor --mass 1.5 above 1"),
-    ("evaluate.py masks resnet.pth --data good", "a convnet has no attention"),
+    ("segment.py masks bare.pth --data good", "none of 8 images says where its objects are"),
+    ("segment.py masks bare.pth --data good --size 0", "--size 0 must be positive"),
+    ("segment.py masks bare.pth --data good --mass 1.5", "--mass 1.5 must not be above 1"),
+    ("segment.py masks resnet.pth --data good", "a convnet has no attention"),
     ("evaluate.py knn bare.pth --data good --output text.jpg", "text.jpg"),
     ("evaluate.py knn bare.pth --data bad", "none of 22 images can be read"),
     ("evaluate.py knn bare.pth --data good --k 0", "--k [0] must be positive"),
     ("evaluate.py knn bare.pth --data good --batch 0", "--batch 0 must be positive"),
     ("evaluate.py knn bare.pth --data good --workers -1", "--workers -1 must not be negative"),
-    ("evaluate.py knn bare.pth --data good --device cuda:99", "--device cuda:99 cannot be used here"),
+    ("evaluate.py knn bare.pth --data good --device cuda:99",
+     "--device cuda:99 cannot be used here"),
     ("visualize.py bare.pth", "no images given"),
     ("visualize.py nowhere.pth image.png", "no checkpoint at 'nowhere.pth'"),
     ("visualize.py bare.pth nowhere.png", "cannot read 'nowhere.png'"),
     ("visualize.py bare.pth text.jpg", "cannot read 'text.jpg'"),
     ("visualize.py bare.pth cut.png", "cannot read 'cut.png'"),
-    ("visualize.py bare.pth bomb.png", "cannot read 'bomb.png': Image size (10000000000 pixels) exceeds limit"),
+    ("visualize.py bare.pth bomb.png",
+     "cannot read 'bomb.png': Image size (10000000000 pixels) exceeds limit"),
     ("visualize.py bare.pth empty", "no images below"),
     ("visualize.py bare.pth image.png --mass 0", "--mass 0.0 must lie in (0, 1]"),
-    ("visualize.py bare.pth image.png --size 0", "--size 0 be positive"),
+    ("visualize.py bare.pth image.png --size 0", "--size 0 must be positive"),
     ("visualize.py bare.pth image.png --size 100000", "more than 65536 patches: lower --size"),
-    ("visualize.py bare.pth half --fps 0", "--fps 0.0 lie in (0, 100]"),
+    ("visualize.py bare.pth half --fps 0", "--fps 0.0 must lie in (0, 100]"),
     ("visualize.py bare.pth bad --fps 5", "none could be read"),
     ("visualize.py bare.pth image.png --output text.jpg", "text.jpg"),
     ("visualize.py resnet.pth image.png", "a convnet has no attention"),
-    ("vit.py nowhere.pth out.pth", "no checkpoint at 'nowhere.pth'"),
-    ("vit.py bare.pth nowhere/out.pth", "nowhere/out.pth"),
-    ("vit.py bare.pth empty", "empty"),
+    ("checkpoint.py nowhere.pth out.pth", "no checkpoint at 'nowhere.pth'"),
+    ("checkpoint.py bare.pth nowhere/out.pth", "nowhere/out.pth"),
+    ("checkpoint.py bare.pth empty", "empty"),
 ]  # fmt: skip
 ENVIRONMENTS = [
     ("WORLD_SIZE=many", "'many'"),
@@ -197,7 +214,10 @@ ENVIRONMENTS = [
 ]
 
 
-MET_ON_THE_WAY = ("images in a row cannot be read", "of 20 images cannot be read, more than 1 %")  # the run has begun: its folder has settings and a log
+MET_ON_THE_WAY = (
+    "images in a row cannot be read",
+    "of 20 images cannot be read, more than 1 %",
+)  # the run has begun: its folder has settings and a log
 
 
 def state_of(place):
@@ -207,9 +227,11 @@ def state_of(place):
 def check(place, monkeypatch, line, message):
     monkeypatch.chdir(place)
     before = state_of(place)
-    status, lines = command(*line)
-    errors = [text for text in lines if not text.startswith(("cannot read", "epoch ", "features "))]  # named once each; progress
-    assert status in (1, 2) and len(errors) == 1 and errors[0].startswith(f"{line[0]}: ") and message in errors[0], (status, lines)
+    status, lines = command_here(*line)
+    on_the_way = "cannot read", "epoch ", "features "  # a bad image, named once; progress
+    errors = [text for text in lines if not text.startswith(on_the_way)]
+    assert status in (1, 2) and len(errors) == 1, (status, lines)
+    assert errors[0].startswith(f"{line[0]}: ") and message in errors[0]
     if message in MET_ON_THE_WAY:
         assert not list((place / "out").glob("*.pth"))
         shutil.rmtree(place / "out")
@@ -218,8 +240,8 @@ def check(place, monkeypatch, line, message):
 
 @pytest.mark.parametrize("flags, message", TRAIN)
 def test_train(place, monkeypatch, flags, message):
-    given = flags.split()
-    check(place, monkeypatch, ["train.py", *TINY, "--data", "good", "--output", "out", *given], message)
+    line = ["train.py", *TINY, "--data", "good", "--output", "out", *flags.split()]
+    check(place, monkeypatch, line, message)
 
 
 @pytest.mark.parametrize("line, message", OTHERS)
@@ -234,14 +256,22 @@ def test_environments(place, monkeypatch, variables, message):
     check(place, monkeypatch, ["train.py", *TINY, "--data", "good", "--output", "out"], message)
 
 
+KINDS = (
+    ".png PNG RGBA, .jpg JPEG RGB, .gif GIF P, .webp WEBP RGB, .bmp BMP RGB, .tif TIFF CMYK, "
+    ".ppm PPM RGB, .png PNG P, .tif TIFF I;16"
+)
+
+
 def mutants(count):
     """(bytes, extension): images cut short, with flipped bits, or named as what they are not."""
     rng, images = random.Random(0), []
-    for extension, format, mode in ((".png", "PNG", "RGBA"), (".jpg", "JPEG", "RGB"), (".gif", "GIF", "P"), (".webp", "WEBP", "RGB"), (".bmp", "BMP", "RGB"),
-                                    (".tif", "TIFF", "CMYK"), (".ppm", "PPM", "RGB"), (".png", "PNG", "P"), (".tif", "TIFF", "I;16")):  # fmt: skip
-        noise = Image.effect_noise((40, 30), 80)
-        image = Image.new(mode, noise.size, 9000) if mode == "I;16" else noise.convert("RGB").convert(mode)
-        image.save(file := io.BytesIO(), format)
+    for kind in KINDS.split(", "):
+        extension, format, mode = kind.split()
+        image = Image.effect_noise((40, 30), 80).convert("RGB")
+        if mode == "I;16":
+            image = Image.new(mode, image.size, 9000)
+        file = io.BytesIO()
+        image.convert(mode).save(file, format)
         images.append((extension, file.getvalue()))
     for i in range(count):
         extension, content = rng.choice(images)
@@ -250,7 +280,8 @@ def mutants(count):
             del content[rng.randrange(len(content)) :]
         elif i % 3 == 1:
             for _ in range(rng.choice((1, 3, 30))):
-                where = rng.randrange(min(len(content), rng.choice((64, 10**6))))  # often in the header
+                end = min(len(content), rng.choice((64, 10**6)))  # often in the header
+                where = rng.randrange(end)
                 content[where] ^= 1 << rng.randrange(8)
         else:
             extension = rng.choice([other for other, _ in images if other != extension])
@@ -297,17 +328,19 @@ def test_images_that_vanish_during_training_are_replaced_and_counted(tmp_path, m
     bad, vanishing = (images.name(order[batch][7][1]) for batch in (0, 2))
     with open(bad, "wb") as file:
         file.write(b"no image")
-    real = train.views
+    real = data.views_on
 
-    def views(*args):
+    def views_on(*args):
         if os.path.exists(vanishing):
             os.unlink(vanishing)
         return real(*args)
 
-    monkeypatch.setattr(train, "views", views)
-    train.main(train.parse_args([*TINY, "--data", str(tmp_path), "--epochs", "1", "--batch", "100", "--output", str(tmp_path / "run")]))
+    monkeypatch.setattr(data, "views_on", views_on)
+    flags = f"--data {tmp_path} --epochs 1 --batch 100 --output {tmp_path / 'run'}"
+    train.main(train.parse_args([*TINY, *flags.split()]))
     out, err = capsys.readouterr()
     named = [line for line in err.splitlines() if not line.startswith("epoch")]
-    assert named == [f"cannot read {name!r}: its place is taken by the next image" for name in (bad, vanishing)]
+    note = "its place is taken by the next image"
+    assert named == [f"cannot read {name!r}: {note}" for name in (bad, vanishing)]
     assert "2 images could not be read" in out
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 3

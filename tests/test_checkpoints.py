@@ -6,95 +6,157 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 
+import checkpoint
 import evaluate
 import train
 import visualize
-import vit
+from backbone import build_backbone
+from checkpoint import export, load_backbone
+from conftest import TINY
 from head import DINOHead
-from vit import build_backbone, export, load_backbone
+from test_train import run
+from vit import ViT
 
 pytestmark = pytest.mark.usefixtures("several_blocks")
 
 IMAGES = torch.randn(2, 3, 16, 16)
 
 
-def authors_full_checkpoint(path, **more):
-    """As the authors' code writes it: a Namespace of arguments, numpy scalars, the student under DDP's prefix."""
+def authors_full_checkpoint(path):
+    """Write what the authors' code writes.
+
+    That is a Namespace of arguments, numpy scalars, and the student under DDP's prefix.
+    """
     backbone = build_backbone("vit_micro", 8, 16)
     state = train.Network(backbone, DINOHead(64, 32, 16, 8)).state_dict()
     state["backbone.patch_embed.proj.weight"] = export(backbone)["patch_embed.proj.weight"]
-    checkpoint = {
+    saved = {
         "student": {f"module.{key}": value for key, value in state.items()},
-        "teacher": {key: value + 1 if key == "backbone.norm.bias" else value for key, value in state.items()},
+        "teacher": state | {"backbone.norm.bias": state["backbone.norm.bias"] + 1},
         "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(0.1), "step": np.int64(3)}]},
         "epoch": 7,
         "args": argparse.Namespace(arch="vit_micro", patch_size=8, lr=np.float64(5e-4)),
         "dino_loss": {"center": torch.zeros(1, 32)},
     }
-    torch.save(checkpoint | more, path)
+    torch.save(saved, path)
     return backbone.eval()
+
+
+def output(source, network="teacher"):
+    """What a loaded backbone makes of IMAGES."""
+    return load_backbone(source, network).backbone(IMAGES)
 
 
 def test_the_authors_full_checkpoint_loads_everywhere(tmp_path, folder, capsys):
     path = tmp_path / "checkpoint.pth"
     backbone = authors_full_checkpoint(path)
-    student, args = load_backbone(path, "student")
-    torch.testing.assert_close(student(IMAGES), backbone(IMAGES))
-    torch.testing.assert_close(load_backbone(path)[0](IMAGES), backbone(IMAGES) + 1)
-    assert args["patch_size"] == 8
+    torch.testing.assert_close(output(path, "student"), backbone(IMAGES))
+    torch.testing.assert_close(output(path), backbone(IMAGES) + 1)
+    assert load_backbone(path).trained_with["patch_size"] == 8
 
-    train.main(train.parse_args([*TINY, "--init", str(path), "--data", str(folder), "--steps", "1", "--output", str(tmp_path / "run")]))
+    run(f"--init {path} --data {folder} --steps 1", tmp_path / "run")
     ours = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
     torch.testing.assert_close(ours["teacher"]["backbone.norm.bias"], torch.ones(64))
     assert "before training" in capsys.readouterr().out
-    evaluate.main(evaluate.parse_args(["knn", str(path), "--data", str(folder), "--device", "cpu", "--workers", "0"]))
-    visualize.main(visualize.parse_args([str(path), str(folder / "val" / "größe" / "0.png"), "--output", str(tmp_path), "--device", "cpu"]))
-    assert "ViT of width 64, 4 blocks, 4 heads, patch 8, trained at 16 pixels" in capsys.readouterr().out and (tmp_path / "0_attention.png").exists()
+    here = ["--device", "cpu"]
+    flags = ["knn", str(path), "--data", str(folder), "--workers", "0", *here]
+    evaluate.main(evaluate.parse_args(flags))
+    image = str(folder / "val" / "größe" / "0.png")
+    visualize.main(visualize.parse_args([str(path), image, "--output", str(tmp_path), *here]))
+    said = "ViT of width 64, 4 blocks, 4 heads, patch 8, trained at 16 pixels\n"
+    assert capsys.readouterr().out.count(said) == 2
+    assert (tmp_path / "0_attention.png").exists()
     with pytest.raises(ValueError, match="--arch vit_tiny --patch 8 must say so"):
-        train.main(train.parse_args([*TINY, "--arch", "vit_tiny", "--patch", "8", "--warmup_epochs", "0", "--init", str(path), "--output", str(tmp_path / "b")]))
+        run(f"--arch vit_tiny --patch 8 --warmup_epochs 0 --init {path}", tmp_path / "b")
+
+
+def test_the_number_of_heads_is_saved_and_read_back(tmp_path, monkeypatch):
+    """Of a width that the architectures' table has, with another number of heads."""
+    monkeypatch.setitem(checkpoint.ARCHITECTURES, "vit_micro", dict(dim=192, depth=2, heads=12))
+    run("--steps 1 --knn_every 0 --patch 8", tmp_path)
+    saved = torch.load(tmp_path / "last.pth", weights_only=True)
+    assert saved["architecture"]["heads"] == 12
+    monkeypatch.undo()
+    loaded = load_backbone(tmp_path / "last.pth")
+    assert [block.attn.heads for block in loaded.backbone.blocks] == [12, 12]
+    assert "12 heads" in loaded.description and "assumption" not in loaded.description
+    with pytest.raises(ValueError, match="12 heads.*--arch vit_tiny --patch 8 must say so"):
+        run(f"--arch vit_tiny --init {tmp_path / 'last.pth'}", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "dim, heads, assumed", [(384, 6, 6), (384, 12, 6), (128, 4, 2), (24, 2, 1)]
+)
+def test_for_a_foreign_file_the_number_of_heads_is_an_assumption_and_said(
+    tmp_path, dim, heads, assumed
+):
+    torch.save(ViT(8, dim, 1, heads, 16).state_dict(), tmp_path / "bare.pth")
+    loaded = load_backbone(tmp_path / "bare.pth")
+    assert loaded.backbone.heads == assumed
+    assert f"({assumed} heads are an assumption: the file does not say)" in loaded.description
+
+
+def test_checkpoints_from_before_the_architecture_was_saved_still_load(tmp_path):
+    """Their arguments name the architecture, and with it the number of heads."""
+    run("--steps 1 --knn_every 0", tmp_path)
+    saved = torch.load(tmp_path / "last.pth", weights_only=True)
+    del saved["architecture"]
+    torch.save(saved | {"format": 2}, tmp_path / "old.pth")
+    old, new = load_backbone(tmp_path / "old.pth"), load_backbone(tmp_path / "last.pth")
+    assert old.backbone.heads == 4 and "assumption" not in old.description
+    assert torch.equal(old.backbone(IMAGES), new.backbone(IMAGES))
+    os.replace(tmp_path / "old.pth", tmp_path / "last.pth")
+    with pytest.raises(ValueError, match="no run to resume, or of another version of this code"):
+        run("--steps 2 --knn_every 0", tmp_path)
 
 
 def test_export_is_what_others_load_and_comes_back(tmp_path):
     authors_full_checkpoint(tmp_path / "c.pth")
-    vit.main(vit.parse_args([str(tmp_path / "c.pth"), str(tmp_path / "bare.pth")]))
+    flags = [str(tmp_path / "c.pth"), str(tmp_path / "bare.pth")]
+    checkpoint.main(checkpoint.parse_args(flags))
     state = torch.load(tmp_path / "bare.pth", weights_only=True)
-    assert state["patch_embed.proj.weight"].shape == (64, 3, 8, 8) and not any(key.startswith(("backbone", "head")) for key in state)
+    assert state["patch_embed.proj.weight"].shape == (64, 3, 8, 8)
+    assert not any(key.startswith(("backbone", "head")) for key in state)
     for wrapped in (state, {"state_dict": state}, {"model": state}):
         torch.save(wrapped, tmp_path / "again.pth")
-        torch.testing.assert_close(load_backbone(tmp_path / "again.pth")[0](IMAGES), load_backbone(tmp_path / "c.pth")[0](IMAGES))
+        torch.testing.assert_close(output(tmp_path / "again.pth"), output(tmp_path / "c.pth"))
 
 
 def test_released_names_are_downloaded_once(tmp_path, monkeypatch):
     server, hub = tmp_path / "server", tmp_path / "hub"
     (server / "dino_deitsmall8_pretrain").mkdir(parents=True)
     backbone = build_backbone("vit_tiny", 8, 16).eval()
-    torch.save(export(backbone), server / vit.RELEASED["dino_vits8"])
-    monkeypatch.setattr(vit, "RELEASED_AT", f"file://{server}/")
+    torch.save(export(backbone), server / checkpoint.RELEASED["dino_vits8"])
+    monkeypatch.setattr(checkpoint, "RELEASED_AT", f"file://{server}/")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
-    torch.testing.assert_close(load_backbone("dino_vits8")[0](IMAGES), backbone(IMAGES))
-    (server / vit.RELEASED["dino_vits8"]).unlink()
-    torch.testing.assert_close(load_backbone("dino_vits8")[0](IMAGES), backbone(IMAGES))  # from the cache
+    torch.testing.assert_close(output("dino_vits8"), backbone(IMAGES))
+    (server / checkpoint.RELEASED["dino_vits8"]).unlink()
+    torch.testing.assert_close(output("dino_vits8"), backbone(IMAGES))  # from the cache
     with pytest.raises(ValueError, match=f"cannot download file://{server}/dino_vitbase8.*{hub}"):
         load_backbone("dino_vitb8")
     assert not list(hub.rglob("*vitbase8*"))
 
 
 def test_resnet50_trains_evaluates_and_has_no_attention(tmp_path, folder):
-    flags = ["--arch", "resnet50", "--data", str(folder), "--steps", "2", "--warmup_epochs", "0", "--output", str(tmp_path / "run")]
-    args = train.parse_args([*TINY, *flags])
-    assert (args.optimizer, args.lr, args.weight_decay_end, args.global_scale, args.local_scale) == ("sgd", 0.03, 1e-4, [0.14, 1.0], [0.05, 0.14])
-    train.main(args)
-    checkpoint = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
-    assert checkpoint["teacher"]["backbone.bn1.running_mean"].abs().sum() > 0
-    backbone, _ = load_backbone(tmp_path / "run" / "last.pth")
+    flags = f"--arch resnet50 --data {folder} --steps 2 --warmup_epochs 0"
+    args = train.parse_args([*TINY, *flags.split()])
+    assert (args.optimizer, args.lr, args.weight_decay_end) == ("sgd", 0.03, 1e-4)
+    assert (args.global_scale, args.local_scale) == ([0.14, 1.0], [0.05, 0.14])
+    saved = run(flags, tmp_path / "run")
+    assert saved["teacher"]["backbone.bn1.running_mean"].abs().sum() > 0
+    last = tmp_path / "run" / "last.pth"
+    backbone = load_backbone(last).backbone
     assert backbone(torch.randn(2, 3, 32, 32)).shape == (2, 2048) and backbone.image_size == 16
     torch.save(export(backbone), tmp_path / "bare.pth")
-    torch.testing.assert_close(load_backbone(tmp_path / "bare.pth")[0](IMAGES), backbone(IMAGES))
-    evaluate.main(evaluate.parse_args(["knn", str(tmp_path / "run" / "last.pth"), "--device", "cpu", "--workers", "0"]))
+    torch.testing.assert_close(output(tmp_path / "bare.pth"), backbone(IMAGES))
+    flags = ["knn", str(last), "--device", "cpu", "--workers", "0"]
+    evaluate.main(evaluate.parse_args(flags))
     with pytest.raises(ValueError, match="convnet has no attention"):
-        visualize.main(visualize.parse_args([str(tmp_path / "bare.pth"), "x.png", "--device", "cpu"]))
+        flags = [str(tmp_path / "bare.pth"), "x.png", "--device", "cpu"]
+        visualize.main(visualize.parse_args(flags))
+    again = run(f"--arch resnet50 --init {last} --steps 1 --knn_every 0", tmp_path / "again")
+    assert again["architecture"] == saved["architecture"] == {"image_size": 16}
 
 
 class Evil:
@@ -106,9 +168,11 @@ def wrong_checkpoints(path):
     """(name, what is in the file, what the error says)."""
     state = export(build_backbone("vit_micro", 8, 16))
     full = torch.load(path, weights_only=False)
+    without = {key: value for key, value in state.items() if key != "blocks.1.norm2.bias"}
+    heads = {"patch": 8, "dim": 64, "depth": 4, "heads": 5, "image_size": 16}
     return [
         ("code", full | {"args": Evil()}, "holds code"),
-        ("missing", {key: value for key, value in state.items() if key != "blocks.1.norm2.bias"}, "blocks.1.norm2.bias"),
+        ("missing", without, "blocks.1.norm2.bias"),
         ("unexpected", state | {"blocks.0.gamma": torch.zeros(1)}, "blocks.0.gamma"),
         ("misshapen", state | {"norm.weight": torch.zeros(3)}, "norm.weight"),
         ("other", {"weight": torch.zeros(1)}, "begin with weight"),
@@ -116,6 +180,8 @@ def wrong_checkpoints(path):
         ("tensor", torch.zeros(3), "holds a Tensor"),
         ("no teacher", {"student": full["student"]}, "has no teacher, only student"),
         ("flat", state | {"pos_embed": torch.zeros(())}, "not a DINO backbone"),
+        ("heads", {"teacher": state, "architecture": heads}, "not a DINO backbone"),
+        ("what", {"teacher": state, "architecture": {"side": 3}}, "not a DINO backbone"),
     ]
 
 
@@ -127,7 +193,8 @@ def test_wrong_checkpoints_are_one_error_and_load_nothing(tmp_path, monkeypatch)
         with pytest.raises(ValueError, match=message) as error:
             load_backbone(f"{name}.pth")
         assert f"{name}.pth" in str(error.value) and "\n" not in str(error.value)
-    for name, content in (("cut", (tmp_path / "good.pth").read_bytes()[:5000]), ("empty", b""), ("text", b"no weights")):
+    whole = (tmp_path / "good.pth").read_bytes()
+    for name, content in (("cut", whole[:5000]), ("empty", b""), ("text", b"no weights")):
         (tmp_path / f"{name}.pth").write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.pth' is not a readable checkpoint"):
             load_backbone(f"{name}.pth")

@@ -1,55 +1,12 @@
+"""Folders, images of every kind, and the order of batches."""
+
 import os
 
 import pytest
 import torch
 from PIL import Image
 
-from data import Batches, Folder, Shapes, Views, load, read_image, split_folder
-
-
-def test_shapes_are_deterministic_labelled_and_masked():
-    train, val = Shapes("train"), Shapes("val")
-    assert len(train) == 10_000 and len(val) == 1_000 and train.classes == val.classes
-    assert (train[7] == Shapes("train")[7]).all() and not (train[7] == val[7]).all()
-    for i in range(20):
-        image, mask = train[i], train.mask(i)
-        assert image.shape == (3, 64, 64) and image.dtype == torch.uint8 and mask.shape == (64, 64)
-        assert mask.unique().tolist() == [0, 1] and 0.1 < mask.float().mean() < 0.3
-
-
-def test_position_size_and_mean_color_do_not_tell_the_class_but_the_step_in_hue_does():
-    def simple(shapes):
-        """Position, size and mean colour of the object in each image."""
-        rows = []
-        for i in range(len(shapes)):
-            inside = shapes.mask(i).nonzero().float()
-            color = shapes[i][:, shapes.mask(i) == 1].float().mean(1)
-            rows.append(torch.cat([inside.mean(0), inside.std(0), torch.tensor([len(inside) ** 0.5]), color / 4]))
-        rows = torch.stack(rows)
-        return (rows - rows.mean(0)) / rows.std(0), torch.tensor(shapes.labels)
-
-    (x, y), (x2, y2) = simple(Shapes("train", 2000)), simple(Shapes("val", 500))
-    probe = torch.nn.Linear(x.shape[1], 10)
-    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(probe(x), y)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    assert (probe(x2).argmax(1) == y2).float().mean() < 0.25
-
-    shapes, turn, right = Shapes("val", 100), torch.exp(2j * torch.pi * torch.arange(3) / 3), 0
-    for i in range(100):
-        image, mask = shapes[i].float(), shapes.mask(i).float()
-        inside = mask.nonzero().float()
-        far = torch.cdist(torch.cartesian_prod(torch.arange(64.0), torch.arange(64.0)), inside.mean(0, keepdim=True)).view(64, 64) / (len(inside) / torch.pi) ** 0.5
-        inner = torch.nn.functional.avg_pool2d(mask[None], 3, 1, 1)[0] == 1
-        core, rim = ((turn @ image[:, where].mean(1).cfloat()).angle() for where in (far < 0.45, inner & (far > 0.8)))
-        right += round(((core - rim) / (2 * torch.pi) * 10).item()) % 10 == shapes.labels[i]
-    assert right > 80
+from data import Batches, Folder, Views, load, read_image, split_folder
 
 
 def test_images_of_every_mode_become_rgb(folder):
@@ -71,12 +28,20 @@ def test_transparency_is_white_and_exif_turns(tmp_path):
 
 def test_splits_are_found_from_the_root_and_from_train(folder, tmp_path):
     for start in (folder, folder / "train"):
-        assert split_folder(start, "train") == folder / "train" and split_folder(start, "val") == folder / "val"
-    assert split_folder(folder / "val", "train") == folder / "val" and split_folder(folder / "val", "val") is None
+        assert (
+            split_folder(start, "train") == folder / "train"
+            and split_folder(start, "val") == folder / "val"
+        )
+    assert (
+        split_folder(folder / "val", "train") == folder / "val"
+        and split_folder(folder / "val", "val") is None
+    )
     (folder / "val").rename(folder / "valid")
     assert split_folder(folder, "val") == folder / "valid"
     (folder / "valid").rename(tmp_path / "elsewhere")
-    assert load(folder).classes == ["cats and dogs", "größe"] and split_folder(folder, "val") is None
+    assert (
+        load(folder).classes == ["cats and dogs", "größe"] and split_folder(folder, "val") is None
+    )
 
 
 def test_a_folder_without_classes_has_no_labels(folder, tmp_path):
@@ -95,15 +60,23 @@ def test_a_folder_without_classes_has_no_labels(folder, tmp_path):
 
 def test_batches_cover_each_epoch_once_whatever_the_number_of_processes():
     def order(world, batch, accumulate=1, first=0):
-        ranks = [list(Batches(26, batch, accumulate, rank, world, seed=3, first=first, last=9)) for rank in range(world)]
-        return [[key for group in zip(*ranks) for part in group for key in part][i : i + 8] for i in range(0, (9 - first) * 8, 8)]
+        ranks = [
+            list(Batches(26, batch, accumulate, rank, world, seed=3, first=first, last=9))
+            for rank in range(world)
+        ]
+        return [
+            [key for group in zip(*ranks) for part in group for key in part][i : i + 8]
+            for i in range(0, (9 - first) * 8, 8)
+        ]
 
     whole = order(1, 8)
     assert len(set(sum(whole[:3], []))) == 24 and {epoch for epoch, _ in sum(whole[:3], [])} == {0}
     assert [i for _, i in sum(whole[:3], [])] != [i for _, i in sum(whole[3:6], [])]
     assert order(1, 8, first=4) == whole[4:]
     for world, batch, accumulate in ((2, 4, 1), (2, 2, 2), (1, 4, 2)):
-        assert [set(step) for step in order(world, batch, accumulate)] == [set(step) for step in whole]
+        assert [set(step) for step in order(world, batch, accumulate)] == [
+            set(step) for step in whole
+        ]
     with pytest.raises(ValueError, match="26 images are fewer than a global batch of 32"):
         Batches(26, 8, 2, 0, 2)
 

@@ -1,35 +1,49 @@
-"""Whatever happens to a run, a whole checkpoint stands, and the run goes on from it as if nothing had happened."""
+"""Whatever happens to a run, a whole checkpoint stands, and the run goes on as if nothing had."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, TINY
-from test_train import log, run
 
+import terminal
 import train
+from conftest import ROOT, TINY
 from run import Run
+from test_train import arguments, log, run
 
-FLAGS = ["--knn_every", "0", "--drop_path", "0.3", "--save_every", "3", "--workers", "1"]
+FLAGS = "--knn_every 0 --drop_path 0.3 --save_every 3 --workers 1"
 
 
-def start(folder, steps, processes=1, *launch, script=ROOT / "train.py", flags=()):
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *launch] if processes > 1 else []
-    command = [sys.executable, *launcher, str(script), *TINY, *FLAGS, "--steps", str(steps), "--output", str(folder), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+def start(folder, steps, processes=1, launch=(), script=ROOT / "train.py", flags=""):
+    """Start a run in processes of its own, with one thread each."""
+    launcher = []
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *launch]
+    command = [sys.executable, *launcher, str(script), *TINY, *FLAGS.split(), *flags.split()]
+    return subprocess.Popen(
+        [*command, "--steps", str(steps), "--output", str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def processes_of(folder):
-    """The process ids of a run, its launcher and its loaders first, oldest first."""
-    return [int(pid) for pid in subprocess.run(["pgrep", "-f", "--", f"--output {folder}"], capture_output=True, text=True).stdout.split()]
+    """The process ids of a run, its launcher and its loaders too, oldest first."""
+    command = ["pgrep", "-f", "--", f"--output {folder}"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
 
 
 def wait_for(folder, lines, process):
+    """Wait until a run has written so many lines of its log."""
     path = folder / "log.jsonl"
     for _ in range(6000):
         if path.exists() and len(path.read_text().splitlines()) >= lines:
@@ -39,8 +53,8 @@ def wait_for(folder, lines, process):
     raise AssertionError("the run does not get on")
 
 
-def finished(process, timeout=100):
-    out, _ = process.communicate(timeout=timeout)
+def finished(process):
+    out, _ = process.communicate(timeout=100)
     assert process.returncode == 0, out
     return out
 
@@ -49,32 +63,64 @@ def checkpoint(folder):
     return torch.load(folder / "last.pth", weights_only=True)
 
 
-@pytest.mark.parametrize("processes, tolerance", [(1, 0), (2, 1e-6)])
-def test_killed_at_random_steps_it_ends_like_an_uninterrupted_run(tmp_path, processes, tolerance):
-    """The last time, of two processes only one is killed, and torchrun starts the run again by itself."""
-    for lines in (20, 60):
-        process = start(tmp_path / "killed", 120, processes)
-        wait_for(tmp_path / "killed", lines, process)
-        for pid in processes_of(tmp_path / "killed"):
-            os.kill(pid, signal.SIGKILL)
-        process.communicate()
-    assert len(log(tmp_path / "killed")) < 120  # it was killed in time
-    process = start(tmp_path / "killed", 120, processes, "--max_restarts=1")
-    if processes == 2:
-        wait_for(tmp_path / "killed", 90, process)
-        os.kill(min(set(processes_of(tmp_path / "killed")) - {process.pid}), signal.SIGKILL)
-    assert finished(process).count("resumed from") == processes
-    finished(start(tmp_path / "whole", 120, processes))  # with as many threads: the sums of a matrix product depend on them in the last bit
-    whole, killed = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed")
+def steps_of(folder):
+    return [line["step"] for line in log(folder)]
+
+
+@pytest.fixture
+def one_thread():
+    """As the processes that start() starts: a product's last bit depends on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def kill_at(folder, steps, lines, processes=1):
+    """Start a run, and kill all its processes once it has written so many lines."""
+    process = start(folder, steps, processes)
+    wait_for(folder, lines, process)
+    for pid in processes_of(folder):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    assert len(log(folder)) < steps  # it was killed in time
+
+
+def assert_same_end(whole, killed, tolerance):
+    """Assert that two runs' checkpoints and logs agree."""
+    one, two = checkpoint(whole), checkpoint(killed)
     for part in ("student", "teacher"):
-        for name, value in whole[part].items():
-            torch.testing.assert_close(value, killed[part][name], rtol=0, atol=tolerance)
-    torch.testing.assert_close(whole["center"], killed["center"], rtol=0, atol=tolerance)
-    for one, two in zip(whole["optimizer"]["state"].values(), killed["optimizer"]["state"].values(), strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=tolerance)
-    for line, other in zip(log(tmp_path / "whole"), log(tmp_path / "killed"), strict=True):
+        for name, value in one[part].items():
+            torch.testing.assert_close(value, two[part][name], rtol=0, atol=tolerance)
+    torch.testing.assert_close(one["center"], two["center"], rtol=0, atol=tolerance)
+    states = one["optimizer"]["state"].values(), two["optimizer"]["state"].values()
+    for a, b in zip(*states, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+    for line, other in zip(log(whole), log(killed), strict=True):
         assert line == pytest.approx(other, rel=tolerance, abs=tolerance)
-    assert [line["step"] for line in log(tmp_path / "killed")] == list(range(1, 121))
+    assert steps_of(killed) == list(range(1, 1 + one["step"]))
+
+
+def test_killed_at_random_steps_it_ends_like_an_uninterrupted_run(tmp_path, one_thread, capsys):
+    """Bit for bit."""
+    for lines in (20, 60):
+        kill_at(tmp_path / "killed", 120, lines)
+    run(f"{FLAGS} --steps 120", tmp_path / "killed")
+    assert capsys.readouterr().out.count("resumed from") == 1
+    run(f"{FLAGS} --steps 120", tmp_path / "whole")
+    assert_same_end(tmp_path / "whole", tmp_path / "killed", 0)
+
+
+def test_two_processes_killed_end_like_an_uninterrupted_run(tmp_path):
+    """The second time one of them is killed, and torchrun starts the run again by itself."""
+    folder = tmp_path / "killed"
+    kill_at(folder, 80, 20, processes=2)
+    process = start(folder, 80, processes=2, launch=["--max_restarts=1"])
+    wait_for(folder, 50, process)
+    os.kill(min(set(processes_of(folder)) - {process.pid}), signal.SIGKILL)
+    assert finished(process).count("resumed from") == 2
+    finished(start(tmp_path / "whole", 80, processes=2))
+    assert_same_end(tmp_path / "whole", folder, 1e-6)
 
 
 def test_a_process_that_loads_images_and_dies_ends_the_run_with_one_line(tmp_path):
@@ -82,23 +128,54 @@ def test_a_process_that_loads_images_and_dies_ends_the_run_with_one_line(tmp_pat
     wait_for(tmp_path, 5, process)
     os.kill(max(processes_of(tmp_path)), signal.SIGKILL)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in out and "train.py: a process that loads images was killed" in out
+    assert process.returncode == 1 and "Traceback" not in out
+    assert "train.py: a process that loads images was killed" in out
     assert checkpoint(tmp_path)["step"] > 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(104, "Connection reset by peer"),
+        BrokenPipeError(32, "Broken pipe"),
+        EOFError(),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+    ],
+)
+def test_every_way_in_which_a_dead_loader_shows_is_the_same_line(error, monkeypatch, capsys):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as end:
+        terminal.run_command(fail, lambda: None)
+    assert end.value.code == f"train.py: {terminal.LOADER_DIED}"
+
+
+def test_an_error_of_our_own_in_a_loader_is_not_called_a_death(monkeypatch):
+    def fail(args):
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nours")
+
+    with pytest.raises(RuntimeError, match="ours"):
+        terminal.run_command(fail, lambda: None)
 
 
 @pytest.mark.parametrize("processes, number", [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, processes, number):
-    process = start(tmp_path / "run", 100_000, processes)
-    wait_for(tmp_path / "run", 10, process)
+    process = start(tmp_path, 100_000, processes)
+    wait_for(tmp_path, 10, process)
     os.killpg(process.pid, number)  # as a batch system does: to the loader's processes too
     out, _ = process.communicate(timeout=60)
     assert f"stopped by {number.name} after step" in out
-    assert process.returncode == 128 + number if processes == 1 else process.returncode != 0
-    step = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["step"]
-    assert log(tmp_path / "run")[-1]["step"] == step >= 10
-    process = start(tmp_path / "run", step + 2, processes)
-    assert f"at step {step}" in process.communicate(timeout=60)[0] and process.returncode == 0
-    assert [line["step"] for line in log(tmp_path / "run")] == list(range(1, step + 3))
+    if processes == 1:
+        assert process.returncode == 128 + number
+    else:
+        assert process.returncode != 0
+    step = checkpoint(tmp_path)["step"]
+    assert log(tmp_path)[-1]["step"] == step >= 10
+    run(f"{FLAGS} --steps {step + 2} --batch {4 * processes}", tmp_path)  # the same global batch
+    assert steps_of(tmp_path) == list(range(1, step + 3))
 
 
 @pytest.mark.parametrize("moment", ["opened", "half written", "not moved"])
@@ -115,28 +192,33 @@ def test_a_death_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, m
         move(source, file)
 
     move = os.replace
-    run(*FLAGS, "--steps", 3, "--output", tmp_path)
+    run(f"{FLAGS} --steps 3", tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(*(os, "replace") if moment == "not moved" else (torch, "save"), die)
+        if moment == "not moved":
+            patch.setattr(os, "replace", die)
+        else:
+            patch.setattr(torch, "save", die)
         with pytest.raises(Death):
-            run(*FLAGS, "--steps", 6, "--output", tmp_path)
-    assert torch.load(tmp_path / "last.pth", weights_only=True)["step"] == 3
-    assert run(*FLAGS, "--steps", 6, "--output", tmp_path)["step"] == 6
-    assert [line["step"] for line in log(tmp_path)] == list(range(1, 7))
+            run(f"{FLAGS} --steps 6", tmp_path)
+    assert checkpoint(tmp_path)["step"] == 3
+    assert run(f"{FLAGS} --steps 6", tmp_path)["step"] == 6
+    assert steps_of(tmp_path) == list(range(1, 7))
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
-    run(*FLAGS, "--steps", 3, "--output", tmp_path / "run")
-    before = (tmp_path / "run" / "last.pth").read_bytes()
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, *FLAGS, "--steps", "6", "--output", str(tmp_path / "run")]
-    result = subprocess.run(["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *command], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1 and (tmp_path / "run" / "last.pth").read_bytes() == before
+    run(f"{FLAGS} --steps 3", tmp_path)
+    before = (tmp_path / "last.pth").read_bytes()
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, *FLAGS.split(), "--steps", "6"]
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *command, "--output", str(tmp_path)]
+    result = subprocess.run(limited, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and (tmp_path / "last.pth").read_bytes() == before
     error = [line for line in result.stderr.splitlines() if "epoch" not in line]
-    assert len(error) == 1 and error[0].startswith("train.py: cannot write") and "last.pth" in error[0]
+    assert len(error) == 1
+    assert error[0].startswith("train.py: cannot write") and "last.pth" in error[0]
 
 
 def test_a_checkpoint_that_does_not_arrive_whole_leaves_the_one_before(tmp_path, monkeypatch):
-    run(*FLAGS, "--steps", 3, "--output", tmp_path)
+    run(f"{FLAGS} --steps 3", tmp_path)
     before = (tmp_path / "last.pth").read_bytes()
     real = os.fsync
 
@@ -147,64 +229,75 @@ def test_a_checkpoint_that_does_not_arrive_whole_leaves_the_one_before(tmp_path,
 
     monkeypatch.setattr(os, "fsync", lose_some)
     with pytest.raises(OSError, match=r"cannot write .*last.pth .*50000 of \d+ bytes arrived"):
-        run(*FLAGS, "--steps", 6, "--output", tmp_path)
+        run(f"{FLAGS} --steps 6", tmp_path)
     assert (tmp_path / "last.pth").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_crash_may_cut_the_log_and_leave_half_a_file(tmp_path):
-    run(*FLAGS, "--steps", 3, "--output", tmp_path)
+    run(f"{FLAGS} --steps 3", tmp_path)
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 4, "ep')
     (tmp_path / "last.pth.tmp").write_bytes(b"half")
-    run(*FLAGS, "--steps", 6, "--output", tmp_path)
-    assert [line["step"] for line in log(tmp_path)] == list(range(1, 7))
+    run(f"{FLAGS} --steps 6", tmp_path)
+    assert steps_of(tmp_path) == list(range(1, 7))
 
 
-def test_epochs_and_processes_may_change_with_a_note_and_kept_checkpoints_are_few(folder, tmp_path, capsys):
-    flags = "--data", folder, "--keep_every", 1, "--keep", 2, "--output", tmp_path / "run"
-    run(*flags, "--epochs", 3)
+def test_epochs_and_processes_may_change_with_a_note_and_kept_checkpoints_are_few(
+    folder, tmp_path, capsys
+):
+    flags = f"--data {folder} --keep_every 1 --keep 2"
+    run(f"{flags} --epochs 3", tmp_path / "run")
     assert capsys.readouterr().out.count("note") == 0
-    run(*flags, "--epochs", 4, "--batch", 2, "--accumulate", 2)
+    run(f"{flags} --epochs 4 --batch 2 --accumulate 2", tmp_path / "run")
     out = capsys.readouterr().out
-    assert "at step 9, with epochs 3 -> 4, batch 4 -> 2, accumulate 1 -> 2" in out and "schedules follow the new --epochs" in out
-    assert sorted(path.name for path in (tmp_path / "run").glob("epoch-*")) == ["epoch-0003.pth", "epoch-0004.pth"]
-    finished(start(tmp_path / "run", 13, 2, flags=("--data", str(folder), "--drop_path", "0", "--batch", "2", "--epochs", "5", "--save_every", "0", "--knn_every", "1")))
-    assert checkpoint(tmp_path / "run")["args"]["world"] == 2 and [line["step"] for line in log(tmp_path / "run") if "loss" in line] == list(range(1, 14))
+    assert "at step 9, with epochs 3 -> 4, batch 4 -> 2, accumulate 1 -> 2" in out
+    assert "schedules follow the new --epochs" in out
+    kept = sorted(path.name for path in (tmp_path / "run").glob("epoch-*"))
+    assert kept == ["epoch-0003.pth", "epoch-0004.pth"]
+    flags = f"--data {folder} --drop_path 0 --batch 2 --epochs 5 --save_every 0 --knn_every 1"
+    finished(start(tmp_path / "run", 13, 2, flags=flags))
+    assert checkpoint(tmp_path / "run")["args"]["world"] == 2
+    steps = [line["step"] for line in log(tmp_path / "run") if "loss" in line]
+    assert steps == list(range(1, 14))
 
 
 def test_overwriting_does_not_undo_a_restart(tmp_path, monkeypatch, capsys):
-    run(*FLAGS, "--steps", 3, "--output", tmp_path)
+    run(f"{FLAGS} --steps 3", tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    run(*FLAGS, "--steps", 4, "--output", tmp_path, "--overwrite")
+    run(f"{FLAGS} --steps 4 --overwrite", tmp_path)
     assert "at step 3" in capsys.readouterr().out
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    run(*FLAGS, "--steps", 4, "--output", tmp_path, "--overwrite")
+    run(f"{FLAGS} --steps 4 --overwrite", tmp_path)
     assert "resumed" not in capsys.readouterr().out
 
 
 POISON = """
-import os, sys, train
-from run import command
-real, calls = train.dino_loss, []
+import os, train
+from terminal import run_command
+real, calls, me = train.dino_loss, [], os.environ.get("RANK", "0")
 def poisoned(*args):
     calls.append(args)
-    return real(*args) * (float("nan") if len(calls) == 3 and os.environ.get("RANK", "0") == os.environ["POISON"] else 1)
-def snoop(self, step, loss, norms, scale):
-    assert all(p.isfinite().all() for p in self.state["student"].parameters())
-    return check(self, step, loss, norms, scale)
+    wrong = len(calls) == 3 and me == os.environ["POISON"]
+    return real(*args) * (float("nan") if wrong else 1)
+def snoop(self, step, loss, norms):
+    assert all(p.isfinite().all() for p in self.state.student.parameters())
+    return check(self, step, loss, norms)
 train.dino_loss, check, train.Run.check_finite = poisoned, train.Run.check_finite, snoop
-command(train.main, train.parse_args)
+run_command(train.main, train.parse_args)
 """
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_gradient_that_is_not_finite_is_never_stepped_along(tmp_path, monkeypatch, processes):
     """It comes from one process, at step 3; the log is written at step 5."""
-    (tmp_path / "poison.py").write_text(POISON)
+    script = tmp_path / "poison.py"
+    script.write_text(POISON)
     monkeypatch.setenv("POISON", str(processes - 1))
-    process = start(tmp_path / "run", 10, processes, script=tmp_path / "poison.py", flags=("--log_every", "5", "--save_every", "2"))
+    flags = "--log_every 5 --save_every 2"
+    process = start(tmp_path / "run", 10, processes, script=script, flags=flags)
     out, _ = process.communicate(timeout=100)
-    assert process.returncode == 1 and out.count("poison.py: the gradient was not finite at step 3, and no step was taken from it") == processes
+    error = "poison.py: the gradient was not finite at step 3, and no step was taken from it"
+    assert process.returncode == 1 and out.count(error) == processes
     assert checkpoint(tmp_path / "run")["step"] == 2
 
 
@@ -216,19 +309,28 @@ def test_what_fp16_skips_is_counted_and_no_reason_to_stop(tmp_path, monkeypatch)
         return real(*args) * (1e30 if len(calls) in (2, 3) else 1)
 
     monkeypatch.setattr(train, "dino_loss", overflowing)
-    end = run("--amp", "fp16", "--steps", 10, "--knn_every", 0, "--log_every", 5, "--output", tmp_path)
-    skipped = [line["skipped"] for line in log(tmp_path)]  # the scale starts too high by design, and these are skipped besides
-    assert skipped[1] >= 2 and end["optimizer"]["state"][0]["step"] == 10 - sum(skipped) and end["scaler"]["scale"] == 2 ** (16 - sum(skipped))
+    end = run("--amp fp16 --steps 10 --knn_every 0 --log_every 5", tmp_path)
+    # the scale starts too high by design, and these are skipped besides
+    skipped = [line["skipped"] for line in log(tmp_path)]
+    assert skipped[1] >= 2 and end["optimizer"]["state"][0]["step"] == 10 - sum(skipped)
+    assert end["scaler"]["scale"] == 2 ** (16 - sum(skipped))
 
 
-@pytest.mark.parametrize("entropy, mean_entropy, kl, kind", [(4.15, 4.15, 0.001, "uniform"), (0.001, 0.001, 0.3, "one-dimensional"), (1, 3, 0.5, None)])
-def test_collapse_is_told_apart_and_stops_if_asked(tmp_path, capsys, entropy, mean_entropy, kl, kind):
-    args = train.parse_args([*TINY, "--output", str(tmp_path), "--stop_on_collapse"])
-    watcher = Run(args, None, {}, None, 4)
+@pytest.mark.parametrize(
+    "entropy, mean_entropy, kl, kind",
+    [(4.15, 4.15, 0.001, "uniform"), (0.001, 0.001, 0.3, "one-dimensional"), (1, 3, 0.5, None)],
+)
+def test_collapse_is_told_apart_and_stops_if_asked(
+    tmp_path, capsys, entropy, mean_entropy, kl, kind
+):
+    args = arguments("--stop_on_collapse", tmp_path)
+    batches = mock.Mock(rank=0, world=1, steps_per_epoch=9, total=4)
+    watcher = Run(args, None, None, None, batches)
     for epoch in [0.5] * 50 + [1.5] * 19:
         watcher.watch(epoch, entropy, mean_entropy, kl)
     if kind is None:
-        return watcher.watch(1.5, entropy, mean_entropy, kl)
+        watcher.watch(1.5, entropy, mean_entropy, kl)
+        return
     with pytest.raises(ValueError, match=f"collapsed to the {kind} solution: .*--teacher_temp"):
         watcher.watch(1.5, entropy, mean_entropy, kl)
     args.stop_on_collapse, watcher.collapsed = False, 19

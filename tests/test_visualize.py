@@ -7,25 +7,34 @@ import weakref
 
 import pytest
 import torch
-from conftest import TINY
 from PIL import Image, ImageSequence
 
-import run
+import segment
 import train
 import visualize
 from augment import normalize
-from data import Shapes, to_tensor
-from vit import ViT, build_backbone, resnet50
+from backbone import build_backbone, resnet50
+from checkpoint import Loaded
+from data import load, to_tensor
+from report import few_images
+from run import read_log
+from shapes import Shapes
+from test_train import arguments
+from vit import ViT
 
 pytestmark = pytest.mark.usefixtures("several_blocks")
 
 
 def bright(patch=8):
-    """A network of one block and two heads whose class token attends to bright patches: the first head strongly, the second not at all."""
-    backbone = ViT(patch, dim=4, depth=1, heads=2, image_size=4 * patch).eval().requires_grad_(False)
+    """A network of one block and two heads whose class token attends to bright patches.
+
+    The first head does so strongly, the second not at all.
+    """
+    backbone = ViT(patch, dim=4, depth=1, heads=2, image_size=4 * patch)
+    backbone.eval().requires_grad_(False)
     for parameter in backbone.parameters():
         parameter.zero_()
-    backbone.patch_embed.proj.weight[0] = 1 / (3 * patch**2)  # the first channel of a patch is its brightness
+    backbone.patch_embed.proj.weight[0] = 1 / (3 * patch**2)  # a patch's brightness
     backbone.cls_token[..., 2] = 1
     block = backbone.blocks[0]
     block.norm1 = torch.nn.Identity()
@@ -62,36 +71,6 @@ def checkpoint(tmp_path):
     return tmp_path / "c.pth"
 
 
-def test_maps_are_the_class_tokens_softmax_in_float64():
-    backbone, images = build_backbone("vit_micro", 8, 32).eval(), torch.randn(2, 3, 24, 40)
-    got = visualize.attention_maps(backbone, images)
-    backbone.double()
-    x = backbone.embed(images.double())
-    for block in backbone.blocks[:-1]:
-        x = block(x)
-    last = backbone.blocks[-1]
-    q, k, _ = last.attn.qkv(last.norm1(x)).chunk(3, -1)
-    for b in range(2):
-        for head in range(4):
-            part = slice(16 * head, 16 * head + 16)
-            weights = (k[b, :, part] @ q[b, 0, part] / 16**0.5).softmax(0)
-            for row in range(3):
-                for column in range(5):
-                    assert abs(got[b, head, row, column] - weights[1 + 5 * row + column]) < 1e-5 * weights.max()
-
-
-def test_the_mask_keeps_the_fewest_patches_with_the_mass():
-    maps = torch.tensor([[0.05, 0.4, 0.05], [0.1, 0.3, 0.1]])
-    assert visualize.keep_mass(maps, 0.6).tolist() == [[False, True, False], [False, True, False]]
-    assert visualize.keep_mass(maps, 0.75).sum() == 3
-    assert visualize.keep_mass(torch.stack([maps, maps.flip(0)]), 1.0).all()
-    assert visualize.keep_mass(torch.full((2, 5), 0.1), 0.6).sum() == 6  # ties
-    assert visualize.keep_mass(torch.tensor([[0.5, 0.25, 0.25, 0.0]]), 0.5).sum() == 1  # the mass to the digit
-    maps = torch.rand(50, 6, 7)
-    kept, total = visualize.keep_mass(maps), maps.sum((1, 2))
-    assert ((maps * kept).sum((1, 2)) >= 0.6 * total).all() and ((maps * kept).sum((1, 2)) - maps.where(kept, 2.0).amin((1, 2)) < 0.6 * total).all()
-
-
 @pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("top, left", [(48, 8), (480, 312), (0, 300)])
 def test_a_bright_square_is_found_where_it_is(smooth, top, left):
@@ -106,7 +85,8 @@ def test_a_bright_square_is_found_where_it_is(smooth, top, left):
     assert inside[y, x] and heat[0][inside].mean() > 5 * heat[0][~inside].mean()
     assert heat[1].std() < 1e-6  # the second head does not look
     panels = visualize.panels(image, maps[:1], covered, 0.999, smooth)
-    assert list(panels) == ["image", "head 1", "mean of heads", "mask"] and all(panel.shape == (517, 333, 3) for panel in panels.values())
+    assert list(panels) == ["image", "head 1", "mean of heads", "mask"]
+    assert all(panel.shape == (517, 333, 3) for panel in panels.values())
     cut = panels["mask"][top + 10 : top + 30, left + 10 : min(left + 30, 333)]
     assert (cut == 255).all() and (panels["mask"] == visualize.OUTLINE).all(-1).any()
     assert torch.equal(panels["mask"][200:203, :5], torch.zeros(3, 5, 3, dtype=torch.uint8))
@@ -116,8 +96,10 @@ def test_a_bright_square_is_found_where_it_is(smooth, top, left):
 
 def test_blocks_are_the_map_itself_and_smooth_lies_between():
     maps = torch.rand(3, 4, 6)
-    assert torch.equal(visualize.upsample(maps, (1.0, 1.0), 32, 48), maps.repeat_interleave(8, 1).repeat_interleave(8, 2))
-    assert torch.equal(visualize.upsample(maps, (29 / 32, 43 / 48), 29, 43), maps.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :29, :43])
+    blocks = maps.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    assert torch.equal(visualize.upsample(maps, (1.0, 1.0), 32, 48), blocks)
+    part = visualize.upsample(maps, (29 / 32, 43 / 48), 29, 43)
+    assert torch.equal(part, blocks[:, :29, :43])
     smooth = visualize.upsample(maps, (1.0, 1.0), 4 * 9, 6 * 9, True)
     torch.testing.assert_close(smooth[:, 4::9, 4::9], maps)
     torch.testing.assert_close(smooth[:, 4, 5:40:9], (8 * maps[:, 0, :4] + maps[:, 0, 1:5]) / 9)
@@ -125,7 +107,12 @@ def test_blocks_are_the_map_itself_and_smooth_lies_between():
 
 def test_nothing_is_distorted_or_cropped_on_the_way_to_the_network(monkeypatch):
     seen = []
-    monkeypatch.setattr(visualize, "attention_maps", lambda backbone, images: seen.append(images) or torch.ones(1, 2, 5, 5))
+
+    def attention_maps(backbone, images):
+        seen.append(images)
+        return torch.ones(1, 2, 5, 5)
+
+    monkeypatch.setattr(segment, "attention_maps", attention_maps)
     image = torch.randint(256, (3, 30, 21), dtype=torch.uint8)
     assert visualize.attend(bright(), image, 21)[1] == (30 / 32, 21 / 24)
     assert seen[0].shape == (1, 3, 32, 24)
@@ -136,20 +123,23 @@ def test_nothing_is_distorted_or_cropped_on_the_way_to_the_network(monkeypatch):
 def test_a_figure_has_a_panel_for_each_head_and_a_row_for_each_size(checkpoint, tmp_path, rows):
     save(Shapes()[0], tmp_path / "a.png")
     drawn([checkpoint, tmp_path / "a.png", "--size", 16, 40])
-    assert [list(row) for row in rows[0]] == [[f"seen at {n} pixels", *(f"head {i}" for i in (1, 2, 3, 4)), "mean of heads", "mask"] for n in (16, 40)]
+    rest = ["head 1", "head 2", "head 3", "head 4", "mean of heads", "mask"]
+    assert [list(row) for row in rows[0]] == [[f"seen at {n} pixels", *rest] for n in (16, 40)]
     assert not torch.equal(rows[0][0]["head 1"], rows[0][1]["head 1"])
 
 
 def test_a_png_of_333_by_517_comes_back_at_its_size(checkpoint, tmp_path, capsys):
     Image.effect_noise((333, 517), 90).convert("RGB").save(tmp_path / "a.png")
     Image.effect_noise((333, 517), 90).save(tmp_path / "a.jpg")
-    drawn([checkpoint, tmp_path / "a.png", tmp_path / "a.jpg", "--panels", "--output", tmp_path / "out", "--size", 60])
+    images = [tmp_path / "a.png", tmp_path / "a.jpg"]
+    drawn([checkpoint, *images, "--panels", "--output", tmp_path / "out", "--size", 60])
     names = {path.name for path in (tmp_path / "out").iterdir()}
     ends = ["", "_image", "_head_1", "_head_2", "_head_3", "_head_4", "_mean_of_heads", "_mask"]
     assert names == {f"a_attention{again}{end}.png" for end in ends for again in ("", "_")}
     for end in ends[1:]:
         assert Image.open(tmp_path / "out" / f"a_attention{end}.png").size == (333, 517)
-    assert to_tensor(Image.open(tmp_path / "out" / "a_attention_image.png")).equal(to_tensor(Image.open(tmp_path / "a.png")))
+    same = to_tensor(Image.open(tmp_path / "out" / "a_attention_image.png"))
+    assert same.equal(to_tensor(Image.open(tmp_path / "a.png")))
     assert f"a.png -> {tmp_path / 'out' / 'a_attention.png'}" in capsys.readouterr().out
 
 
@@ -160,14 +150,17 @@ def test_a_folders_pictures_lie_beside_it_not_in_it(checkpoint, tmp_path, rows, 
     (tmp_path / "in" / "bad.jpg").write_text("no image")
     drawn([checkpoint, tmp_path / "in"])
     out, err = capsys.readouterr()
-    assert [line.split("/")[-1] for line in out.splitlines()[1:]] == ["2_attention.png", "10_attention.png", "3_attention.png"]
-    assert f"{tmp_path}/in_attention/sub/3_attention.png" in out and f"cannot read '{tmp_path / 'in' / 'bad.jpg'}': left out" in err and len(rows) == 3
+    names = [line.split("/")[-1] for line in out.splitlines()[1:]]
+    assert names == ["2_attention.png", "10_attention.png", "3_attention.png"]
+    assert f"{tmp_path}/in_attention/sub/3_attention.png" in out and len(rows) == 3
+    assert f"cannot read '{tmp_path / 'in' / 'bad.jpg'}': left out" in err
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "folder"])
 def test_a_film_keeps_its_length_its_times_and_what_moves(tmp_path, monkeypatch, kind):
     """A bright square moves to the right; so do the map and the mask."""
-    pictures = [Image.fromarray(square(32, 64, 8, 8 * i, 8).permute(1, 2, 0).numpy()) for i in range(8)]
+    squares = [square(32, 64, 8, 8 * i, 8) for i in range(8)]
+    pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in squares]
     source, durations = tmp_path / f"film.{kind}", [40 + 20 * i for i in range(8)]
     if kind == "folder":
         source, durations = tmp_path / "film", [200] * 8
@@ -175,8 +168,9 @@ def test_a_film_keeps_its_length_its_times_and_what_moves(tmp_path, monkeypatch,
         for i, picture in enumerate(pictures):
             picture.save(source / f"{i + 5}.png")  # 10.png comes after 9.png
     else:
-        pictures[0].save(source, save_all=True, append_images=pictures[1:], duration=durations, lossless=True)
-    monkeypatch.setattr(visualize, "load_backbone", lambda *args: (bright(), {}))
+        more = dict(append_images=pictures[1:], duration=durations, lossless=True)
+        pictures[0].save(source, save_all=True, **more)
+    monkeypatch.setattr(visualize, "load_backbone", lambda *args: Loaded(bright(), {}, "bright"))
     drawn(["any", source, "--size", 32, "--mass", 0.5, "--fps", 5])
     with Image.open(tmp_path / "film_attention.gif") as film:
         assert film.n_frames == 8 and film.size == (3 * 64, 32) and film.info["loop"] == 0
@@ -199,7 +193,8 @@ def test_a_film_is_written_frame_by_frame(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(Image.Image, "quantize", quantize)
-    visualize.write_gif(((Image.effect_noise((30, 20), 50).convert("RGB"), 40) for _ in range(50)), tmp_path / "a.gif")
+    frames = ((Image.effect_noise((30, 20), 50).convert("RGB"), 40) for _ in range(50))
+    visualize.write_gif(frames, tmp_path / "a.gif")
     assert len(alive) == 50 and max(alive) <= 2
     assert Image.open(tmp_path / "a.gif").n_frames == 50
 
@@ -216,7 +211,12 @@ def test_a_film_that_is_cut_short_ends_where_it_is_cut(checkpoint, tmp_path, cap
 def axes_of(draw, monkeypatch, path):
     """The axes of what draw() saves, {title: axis}."""
     figures, real = [], visualize.Figure
-    monkeypatch.setattr(visualize, "Figure", lambda *args, **flags: figures.append(real(*args, **flags)) or figures[-1])
+
+    def record(*args, **flags):
+        figures.append(real(*args, **flags))
+        return figures[-1]
+
+    monkeypatch.setattr(visualize, "Figure", record)
     draw()
     assert Image.open(path).size[0] > 500 and path.stat().st_size < 500_000
     return {axis.get_title(): axis for axis in figures[0].axes}
@@ -224,26 +224,43 @@ def axes_of(draw, monkeypatch, path):
 
 def test_curves_show_what_the_log_says(tmp_path, monkeypatch):
     names = "loss entropy mean_entropy kl lr weight_decay momentum teacher_temp".split()
-    lines = [{"step": i, "epoch": i / 5} | {name: i + 10 * j for j, name in enumerate(names)} for i in range(1, 31)]
+    lines = []
+    for i in range(1, 31):
+        values = {name: i + 10 * j for j, name in enumerate(names)}
+        lines.append({"step": i, "epoch": i / 5} | values)
     lines[10:10] = [{"step": 10, "epoch": 2, "knn": 40.0, "knn_student": 35.0}]
-    lines.insert(0, {"step": 0, "epoch": 0, "knn": 30.0})  # of a run from before the student's was logged
+    lines.insert(0, {"step": 0, "epoch": 0, "knn": 30.0})  # from before the student's was logged
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 31, "ep')
     (tmp_path / "config.json").write_text('{"out_dim": 64}')
     axes = axes_of(lambda: drawn([tmp_path]), monkeypatch, tmp_path / "curves.png")
     assert len(axes) == 8
-    data = {title: [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()] for title, axis in axes.items()}
-    for title, curve in zip(("loss", "KL(teacher, student), nats", "learning rate", "weight decay", "momentum of the teacher", "temperature of the teacher"), (0, 3, 4, 5, 6, 7)):
-        assert data[title][0][1:] == ([i / 5 for i in range(1, 31)], [i + 10 * curve for i in range(1, 31)])
-    entropy = data["entropy of the teacher, nats"]
-    assert entropy[0][2][0] == 11 and entropy[1][2][0] == 21 and entropy[2][2] == [math.log(64)] * 2 and entropy[3][2] == [0, 0]
+    data = {}
+    for title, axis in axes.items():
+        curves = axis.get_lines()
+        data[title] = [(c.get_label(), list(c.get_xdata()), list(c.get_ydata())) for c in curves]
+    titles = {
+        "loss": 0,
+        "KL(teacher, student), nats": 3,
+        "learning rate": 4,
+        "weight decay": 5,
+        "momentum of the teacher": 6,
+        "temperature of the teacher": 7,
+    }
+    for title, curve in titles.items():
+        _, epochs, values = data[title][0]
+        assert epochs == [i / 5 for i in range(1, 31)]
+        assert values == [i + 10 * curve for i in range(1, 31)]
+    each, mean, uniform, zero = (values for _, _, values in data["entropy of the teacher, nats"])
+    assert each[0] == 11 and mean[0] == 21
+    assert uniform == [math.log(64)] * 2 and zero == [0, 0]
     assert data["k-NN top-1, %"] == [("teacher", [0, 2], [30.0, 40.0]), ("student", [2], [35.0])]
 
 
 def test_training_keeps_attention_at_log_spaced_steps_through_a_resume_and_draws_it(tmp_path, rows):
     def go(name, *steps):
         for last in steps:
-            flags = "--steps", last, "--epochs", 3, "--out_dim", 16, "--knn_every", 1, "--output", tmp_path / name
-            train.main(train.parse_args([*TINY, "--data", str(tmp_path / "in"), *map(str, flags)]))
+            flags = f"--data {tmp_path / 'in'} --steps {last} --epochs 3 --out_dim 16 --knn_every 1"
+            train.main(arguments(flags, tmp_path / name))
         return torch.load(tmp_path / name / "last.pth", weights_only=True)["attention"]
 
     (tmp_path / "in" / "a").mkdir(parents=True)
@@ -257,32 +274,41 @@ def test_training_keeps_attention_at_log_spaced_steps_through_a_resume_and_draws
             assert torch.equal(maps, others) and maps.shape == (4, 4, 4) and covered == (1, 1)
     assert not torch.equal(whole[0][0][0], whole[8][0][0])
     strip = rows[1]  # after attention.png of the first run
-    assert len(strip) == 4 and list(strip[0]) == ["image", "before training", *(f"step {i}" for i in (1, 2, 4, 8, 11))]
+    steps = [f"step {i}" for i in (1, 2, 4, 8, 11)]
+    assert len(strip) == 4 and list(strip[0]) == ["image", "before training", *steps]
     maps, covered = whole[8][2]
-    image = visualize.shown(train.some_images(train.load(str(tmp_path / "in")))[2])
-    assert torch.equal(strip[2]["step 8"], visualize.overlay(image, visualize.upsample(maps.mean(0, keepdim=True), covered, *image.shape[1:])[0]))
-    tests = [line for line in run.read_log(tmp_path / "whole" / "log.jsonl") if "knn" in line]
-    assert [line["step"] for line in tests] == [0, 5, 10] and tests[0]["knn"] == tests[0]["knn_student"] and all("knn_student" in line for line in tests)
+    image = visualize.shown(few_images(load(str(tmp_path / "in")))[2])
+    heat = visualize.upsample(maps.mean(0, keepdim=True), covered, *image.shape[1:])[0]
+    assert torch.equal(strip[2]["step 8"], visualize.overlay(image, heat))
+    tests = [line for line in read_log(tmp_path / "whole" / "log.jsonl") if "knn" in line]
+    assert [line["step"] for line in tests] == [0, 5, 10]
+    assert tests[0]["knn"] == tests[0]["knn_student"]
+    assert all("knn_student" in line for line in tests)
     assert (tmp_path / "whole" / "curves.png").exists()
 
 
 def test_the_pictures_are_small_whole_and_have_their_panels(tmp_path, monkeypatch):
-    images = [Shapes()[i] for i in range(3)] + [Shapes()[3][:, :20], Shapes()[4][:, :, :1], Shapes()[5][:, :1]]
+    images = [Shapes()[i] for i in range(6)]
+    images[3:] = images[3][:, :20], images[4][:, :, :1], images[5][:, :1]
     backbone, path = build_backbone("vit_base", 16, 32).eval(), tmp_path / "a.png"
     axes = axes_of(lambda: visualize.draw_attention(backbone, images[:2], path), monkeypatch, path)
-    assert set(axes) == {"image", *(f"head {i}" for i in range(1, 13)), "mean of heads", "mask", ""}  # twelve heads: two lines a row, the last place empty
+    heads = {f"head {i}" for i in range(1, 13)}  # two lines a row, the last place empty
+    assert set(axes) == {"image", "mean of heads", "mask", ""} | heads
     visualize.draw_attention(build_backbone("vit_micro", 8, 32).eval(), images, path)
     assert path.stat().st_size < 500_000
 
 
 def test_a_film_strip_of_many_steps_keeps_the_first_and_the_last(tmp_path, rows):
-    kept = {step: [(torch.rand(2, 4, 4), (1.0, 1.0))] for step in (0, *(2**i for i in range(10)), 1000)}
+    steps = [0, *(2**i for i in range(10)), 1000]
+    kept = {step: [(torch.rand(2, 4, 4), (1.0, 1.0))] for step in steps}
     visualize.draw_emergence([Shapes()[0]], kept, tmp_path / "a.png")
-    assert list(rows[0][0]) == ["image", "before training", *(f"step {i}" for i in (16, 32, 64, 128, 256, 512, 1000))]
+    last_seven = [f"step {i}" for i in (16, 32, 64, 128, 256, 512, 1000)]
+    assert list(rows[0][0]) == ["image", "before training", *last_seven]
 
 
 def test_a_strip_among_the_watched_images_does_not_end_a_training():
-    few = train.some_images([torch.zeros(3, 1, 90_000, dtype=torch.uint8), torch.zeros(3, 500, 2, dtype=torch.uint8), Shapes()[0]])
+    strips = [torch.zeros(3, *size, dtype=torch.uint8) for size in ((1, 90_000), (500, 2))]
+    few = few_images([*strips, Shapes()[0]])
     assert [tuple(image.shape[1:]) for image in few] == [(1, 3), (6, 2), (64, 64)]
 
 

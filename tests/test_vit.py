@@ -3,13 +3,14 @@
 import math
 
 import pytest
-import textbook
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+import textbook
 import vit
-from vit import ViT, build_backbone, untrained
+from backbone import build_backbone, recompute_activations, untrained
+from vit import ViT
 
 
 def small(**changes):
@@ -20,7 +21,9 @@ def test_patch_embedding_is_a_convolution():
     backbone, images = small(), torch.randn(2, 3, 16, 24)
     kernel = rearrange(backbone.patch_embed.proj.weight, "d (c p q) -> d c p q", c=3, p=4)
     expected = F.conv2d(images, kernel, backbone.patch_embed.proj.bias, stride=4)
-    torch.testing.assert_close(backbone.patch_embed(images), rearrange(expected, "b d h w -> b (h w) d"))
+    torch.testing.assert_close(
+        backbone.patch_embed(images), rearrange(expected, "b d h w -> b (h w) d")
+    )
 
 
 def test_attention_is_softmax_of_scaled_products():
@@ -33,9 +36,9 @@ def test_attention_is_softmax_of_scaled_products():
         weights.append(w)
         out.append(w @ v[..., part])
     weights, out = torch.stack(weights, 1), attention.proj(torch.cat(out, -1))
-    for rows in (None, 1, 3):
-        torch.testing.assert_close(attention.weights(x, rows), weights[:, :, :rows])
-        torch.testing.assert_close(attention(x, rows), out[:, :rows])
+    for queries in (None, 1, 3):
+        torch.testing.assert_close(attention.weights(x, queries), weights[:, :, :queries])
+        torch.testing.assert_close(attention(x, queries), out[:, :queries])
 
 
 def test_forward_is_the_class_token_and_tokens_are_the_last_blocks():
@@ -58,12 +61,16 @@ def test_attention_is_the_last_blocks():
     torch.testing.assert_close(backbone.blocks[-1].attn.weights(seen[-1]), weights)
 
 
-@pytest.mark.parametrize("h, w", [(6, 6), (30, 30), (14, 20), (37, 53)])  # 96, 480 and 224 x 320 pixels, and any
+@pytest.mark.parametrize(
+    "h, w", [(6, 6), (30, 30), (14, 20), (37, 53)]
+)  # 96, 480 and 224 x 320 pixels, and any
 def test_position_embeddings_are_the_references(h, w):
     backbone = ViT(16, dim=24, depth=1, heads=1, image_size=224)
     got = backbone.position_embeddings(h, w)
     assert got.shape == (1, 1 + h * w, 24)
-    torch.testing.assert_close(got, textbook.positions(backbone.state_dict(), 16, h, w), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        got, textbook.positions(backbone.state_dict(), 16, h, w), rtol=0, atol=1e-5
+    )
     torch.testing.assert_close(got[:, :1], backbone.pos_embed[:, :1])
 
 
@@ -93,8 +100,12 @@ def test_recomputed_activations_give_the_same_gradients_from_less_memory():
     for recompute in (False, True):
         torch.manual_seed(0)
         backbone = small(drop_path=0.5).train()
-        backbone.recompute, sizes = recompute, []
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor):
+        if recompute:
+            recompute_activations(backbone)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ):
             loss = backbone(images).square().sum()
         loss.backward()
         gradients.append([p.grad for p in backbone.parameters()])
@@ -103,7 +114,47 @@ def test_recomputed_activations_give_the_same_gradients_from_less_memory():
     assert kept[1] < kept[0] / 4
 
 
-@pytest.mark.parametrize("arch, millions", [("vit_tiny", 5.5), ("vit_small", 21.7), ("vit_base", 85.8)])
+class LowRank(torch.nn.Module):
+    """An adapter around a linear layer, as LoRA has it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.change = torch.nn.Linear(linear.in_features, linear.out_features)
+
+    def forward(self, x):
+        return self.linear(x) + self.change(x)
+
+
+def test_hooks_and_adapters_see_every_block_the_last_one_too():
+    """Only the class token goes through all of the last block, but every module is called."""
+    backbone, images, seen = small(), torch.randn(2, 3, 16, 16), []
+    plain = backbone(images)
+    for i, block in enumerate(backbone.blocks):
+        block.register_forward_hook(lambda module, x, y, i=i: seen.append(i))
+        for name, module in block.named_modules():
+            if name:
+                hook = lambda module, x, y, name=f"{i} {name}": seen.append(name)
+                module.register_forward_hook(hook)
+    backbone(images)
+    names = [name for name, _ in backbone.blocks[0].named_modules() if name]
+    assert sorted(map(str, seen)) == sorted(
+        [str(i) for i in range(3)] + [f"{i} {name}" for i in range(3) for name in names]
+    )
+    last = backbone.blocks[-1].attn
+    last.qkv = LowRank(last.qkv)
+    assert not torch.allclose(backbone(images), plain)
+    torch.testing.assert_close(backbone(images), backbone.tokens(images)[-1][:, 0])
+    changed = backbone.attention(images)
+    torch.nn.init.zeros_(last.qkv.change.weight)
+    torch.nn.init.zeros_(last.qkv.change.bias)
+    torch.testing.assert_close(backbone(images), plain)
+    assert not torch.allclose(backbone.attention(images), changed)
+
+
+@pytest.mark.parametrize(
+    "arch, millions", [("vit_tiny", 5.5), ("vit_small", 21.7), ("vit_base", 85.8)]
+)
 def test_parameter_counts_are_the_papers(arch, millions):
     with torch.device("meta"):
         backbone = build_backbone(arch, 16, 224)
@@ -113,5 +164,7 @@ def test_parameter_counts_are_the_papers(arch, millions):
 def test_untrained_has_the_same_shape_and_other_weights():
     backbone = build_backbone("vit_tiny", 8, 32)
     other = untrained(backbone, seed=1)
-    assert {k: v.shape for k, v in other.state_dict().items()} == {k: v.shape for k, v in backbone.state_dict().items()}
+    assert {k: v.shape for k, v in other.state_dict().items()} == {
+        k: v.shape for k, v in backbone.state_dict().items()
+    }
     assert not torch.equal(other.cls_token, backbone.cls_token) and other.blocks[0].attn.heads == 3

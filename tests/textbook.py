@@ -1,4 +1,7 @@
-"""DINO written as plainly as it can be, from a state dict and in its precision: explicit loops, nothing shared with the project."""
+"""DINO written as plainly as it can be, from a state dict and in its precision.
+
+Loops are explicit, and nothing is shared with the project.
+"""
 
 import math
 
@@ -26,7 +29,9 @@ def positions(state, patch, h, w):
     if native == h == w:
         return embedding
     grid = embedding[:, 1:].reshape(1, native, native, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, scale_factor=((h + 0.1) / native, (w + 0.1) / native), mode="bicubic")
+    grid = F.interpolate(
+        grid, scale_factor=((h + 0.1) / native, (w + 0.1) / native), mode="bicubic"
+    )
     return torch.cat([embedding[:, :1], grid.permute(0, 2, 3, 1).reshape(1, h * w, -1)], 1)
 
 
@@ -38,23 +43,36 @@ def vit(state, images, heads, patch):
     h, w = x.shape[2:]
     x = x.flatten(2).transpose(1, 2)
     x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], 1) + positions(state, patch, h, w)
-    outputs, depth = [], 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    outputs, depth = (
+        [],
+        1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+    )
     for i in range(depth):
         block = f"blocks.{i}"
-        q, k, v = linear(normed(x, state, f"{block}.norm1"), state, f"{block}.attn.qkv").chunk(3, -1)
+        q, k, v = linear(normed(x, state, f"{block}.norm1"), state, f"{block}.attn.qkv").chunk(
+            3, -1
+        )
         mixed, attention = [], []
         for q, k, v in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1)):
             attention.append(torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]), -1))
             mixed.append(attention[-1] @ v)
         x = x + linear(torch.cat(mixed, -1), state, f"{block}.attn.proj")
-        x = x + linear(gelu(linear(normed(x, state, f"{block}.norm2"), state, f"{block}.mlp.fc1")), state, f"{block}.mlp.fc2")
+        x = x + linear(
+            gelu(linear(normed(x, state, f"{block}.norm2"), state, f"{block}.mlp.fc1")),
+            state,
+            f"{block}.mlp.fc2",
+        )
         outputs.append(normed(x, state, "norm"))
     return outputs, torch.stack(attention, 1)
 
 
 def network(state, images, heads, patch):
     """Logits [b, k] of backbone and head."""
-    backbone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    backbone = {
+        key.removeprefix("backbone."): value
+        for key, value in state.items()
+        if key.startswith("backbone.")
+    }
     x = vit(backbone, images, heads, patch)[0][-1][:, 0]
     for i in (0, 2):
         x = gelu(linear(x, state, f"head.mlp.{i}"))

@@ -1,0 +1,96 @@
+"""The recipes, the command line and the schedules."""
+
+import math
+
+import pytest
+
+import train
+from recipe import RECIPE, check, schedules, summary, teacher_temperature
+
+
+def test_the_papers_recipe(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    args = train.parse_args("--arch vit_small --patch 16".split())
+    expected = dict(
+        arch="vit_small",
+        patch=16,
+        global_size=224,
+        local_size=96,
+        local_crops=8,
+        global_scale=[0.4, 1.0],
+        local_scale=[0.05, 0.4],
+        out_dim=65536,
+        hidden_dim=2048,
+        bottleneck_dim=256,
+        norm_last_layer=True,
+        student_temp=0.1,
+        teacher_temp=0.04,
+        warmup_teacher_temp=0.04,
+        center_momentum=0.9,
+        momentum=0.996,
+        epochs=100,
+        warmup_epochs=10,
+        batch=64,
+        accumulate=1,
+        lr=5e-4,
+        min_lr=1e-6,
+        weight_decay=0.04,
+        weight_decay_end=0.4,
+        clip=3.0,
+        drop_path=0.1,
+        freeze_last_layer=1,
+    )
+    assert {name: getattr(args, name) for name in expected} == expected
+    check(args)
+    schedule = schedules(10 * 50, args, 50, 8 * 64)
+    assert schedule.lr == pytest.approx(5e-4 * 512 / 256) and schedule.teacher_temp == 0.04
+
+
+def test_the_laptops_recipe_is_the_default_and_flags_override_it():
+    args = train.parse_args([])
+    assert args.arch == "vit_micro" and args.data == "shapes" and str(args.output) == "runs/laptop"
+    for name, (_, laptop, _) in RECIPE.items():
+        assert getattr(args, name) == (list(laptop) if isinstance(laptop, tuple) else laptop)
+    flags = "--arch vit_base --patch 8 --lr 0.1 --global_scale 0.2 1 --no-norm_last_layer"
+    args = train.parse_args(flags.split())
+    assert args.patch == 8 and args.lr == 0.1
+    assert args.global_scale == [0.2, 1.0] and not args.norm_last_layer
+
+
+def test_schedules_by_hand():
+    args = train.parse_args("--arch vit_small --epochs 100 --teacher_temp 0.07".split())
+    at = [schedules(step, args, 10, 512) for step in (0, 50, 100, 550, 1000)]
+    lr, weight_decay, momentum, tau, center_momentum, frozen = zip(*at)
+    assert lr == pytest.approx([0, 5e-4, 1e-3, (1e-3 + 1e-6) / 2, 1e-6])
+    ends = weight_decay[0], weight_decay[-1], momentum[0], momentum[-1]
+    assert ends == pytest.approx((0.04, 0.4, 0.996, 1))
+    assert weight_decay[3] == pytest.approx(0.4 - 0.36 * (1 + math.cos(0.55 * math.pi)) / 2)
+    assert momentum[3] == pytest.approx(1 - 0.004 * (1 + math.cos(0.55 * math.pi)) / 2)
+    assert tau == pytest.approx([0.04, 0.04 + 0.03 / 6, 0.05, 0.07, 0.07])
+    assert set(center_momentum) == {0.9}
+    assert frozen == (True, False, False, False, False)
+    assert [schedules(step, args, 10, 512).frozen for step in (9, 10)] == [True, False]
+
+
+def test_teacher_temperature_by_hand():
+    taus = [teacher_temperature(epoch, 0.04, 0.07, 30) for epoch in (0, 15, 30, 99)]
+    assert taus == pytest.approx([0.04, 0.055, 0.07, 0.07])
+    assert teacher_temperature(0, 0.04, 0.07, 0) == 0.07
+
+
+def test_sharpening_and_centering_can_be_left_out():
+    args = train.parse_args(["--no_sharpening", "--student_temp", "0.2"])
+    assert schedules(5, args, 10, 64).teacher_temp == 0.2
+    assert str(args.output) == "runs/laptop-no_sharpening"
+    assert schedules(5, train.parse_args(["--no_centering"]), 10, 64).center_momentum == 1
+
+
+def test_the_summary_is_a_few_short_lines_and_names_all_that_is_not_off():
+    args = train.parse_args("--arch vit_small --local_crops 0 --no_centering".split())
+    lines = summary(args).splitlines()
+    assert len(lines) < 10 and max(map(len, lines)) <= 150
+    for text in ("arch vit_small", "local_crops 0", "global_scale 0.4 1.0", "no_centering"):
+        assert text in summary(args)
+    assert "no_sharpening" not in summary(args)
+    for name in RECIPE:
+        assert name in summary(train.parse_args([]))
