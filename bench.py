@@ -3,8 +3,8 @@
     python bench.py [--quick]
 
 The textbook is multi-crop in PIL, image by image; a ViT with explicit attention and all tokens
-through its last block; the loss of tests/textbook.py, pair by pair; and clipping, AdamW and EMA as
-loops over the parameters. Both versions run in turns in one process, in the precision of training;
+through its last block; the loss pair by pair; and clipping, AdamW and EMA as loops over the
+parameters (tests/textbook.py has what needs nothing of the project). Both versions run in turns in one process, in the precision of training;
 the medians are compared. Peak memory is what one version, alone in a fresh process, takes above
 what the process starts with.
 """
@@ -21,15 +21,14 @@ from functools import partial
 
 import torch
 from einops import einsum, rearrange
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms as T
 
 import train
-from augment import MEAN, STD, MultiCrop, views_on
+from augment import MultiCrop, views_on
 from data import Batches, Views, load_views, read_image
 from distributed import amp_dtype, autocast, usable_device
 from evaluate import knn
@@ -42,24 +41,6 @@ from tests import textbook
 from vit import ARCHITECTURES, Attention, ViT
 
 # ---- the textbook ----
-
-
-def textbook_view(size, scale, blur, solarize):
-    """Return a transform of a PIL image into a view; blur and solarize are probabilities."""
-    return T.Compose([
-        T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC),
-        T.RandomHorizontalFlip(),
-        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
-        T.RandomGrayscale(0.2),
-        T.RandomApply([textbook_blur], blur),
-        T.RandomSolarize(128, solarize),
-        T.ToTensor(),
-        T.Normalize(MEAN, STD),
-    ])  # fmt: skip
-
-
-def textbook_blur(image):
-    return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))
 
 
 class TextbookAttention(Attention):
@@ -79,17 +60,6 @@ class TextbookViT(ViT):
         return self.tokens(images)[-1][:, 0]
 
 
-def textbook_update(state, clip, momentum):
-    gradients = [p.grad for p in state.student.parameters() if p.grad is not None]
-    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    factor = (clip / norm).clamp(max=1)
-    for gradient in gradients:
-        gradient.mul_(factor)
-    state.optimizer.step()
-    for t, s in zip(state.teacher.parameters(), state.student.parameters()):
-        t.mul_(momentum).add_(s.detach(), alpha=1 - momentum)
-
-
 def textbook_step(state, forward, batches, schedule, args, precision):
     """Take a step, as train.train_step() does."""
     views = next(batches)
@@ -100,16 +70,17 @@ def textbook_step(state, forward, batches, schedule, args, precision):
     loss = textbook.loss(s, t, state.center, args.student_temp, schedule.teacher_temp)
     loss.backward()
     set_rates(state.optimizer, schedule.lr, schedule.weight_decay)
-    textbook_update(state, args.clip, schedule.momentum)
+    textbook.update(state.student, state.teacher, state.optimizer, args.clip, schedule.momentum)
     state.optimizer.zero_grad()
     update_center(state.center, batch_center(t), schedule.center_momentum)
 
 
-# ---- what is compared: each part sets one version up, and returns a function that runs it ----
+# ---- what is compared: a part(plain, device, ...) sets the textbook's version up, or ours, and
+# returns a function that runs it once ----
 
 
 def read_and_crop(plain, device, images, with_photometry):
-    """What a loader's worker does: read JPEGs of ImageNet's average size, crop, collate.
+    """Read, crop and collate JPEGs of ImageNet's average size, as a loader's worker does.
 
     Our photometry follows, a batch at a time; the textbook's is always there, image by image.
     """
@@ -117,9 +88,7 @@ def read_and_crop(plain, device, images, with_photometry):
     noise = Image.merge("RGB", [Image.effect_noise((60, 45), 90) for _ in range(3)])
     noise.resize((500, 375), Image.BICUBIC).save(file, "JPEG", quality=90)
     crop = MultiCrop()
-    first = textbook_view(224, (0.4, 1.0), blur=1.0, solarize=0.0)
-    second = textbook_view(224, (0.4, 1.0), blur=0.1, solarize=0.2)
-    local = textbook_view(96, (0.05, 0.4), blur=0.5, solarize=0.0)
+    textbook_crop = textbook.multi_crop()
 
     def run():
         samples = []
@@ -127,7 +96,7 @@ def read_and_crop(plain, device, images, with_photometry):
             jpeg = io.BytesIO(file.getvalue())
             if plain:
                 image = Image.open(jpeg).convert("RGB")
-                samples.append([view(image) for view in [first, second] + [local] * 8])
+                samples.append(textbook_crop(image))
             else:
                 samples.append(crop(read_image(jpeg), random.Random(i)))
         batch = default_collate(samples)
@@ -146,10 +115,11 @@ def build_state(plain, device, args):
         vit = TextbookViT(args.patch, image_size=args.global_size, drop_path=args.drop_path, **size)
         for block in vit.blocks:
             block.attn = TextbookAttention(vit.dim, vit.heads)
-        # torch's own weight norm; its g, original0, is fixed as in ours
+        # The weight norm is torch's own; g, which it calls original0, is fixed as in ours.
         last_layer = weight_norm(nn.Linear(args.bottleneck_dim, args.out_dim, bias=False))
         last_layer.parametrizations.weight.original0.requires_grad = False
-        student.backbone, student.head.last_layer = vit.to(device), last_layer.to(device)
+        student.backbone = vit.to(device)
+        student.head.last_layer = last_layer.to(device)
         teacher = copy.deepcopy(student).requires_grad_(False).eval()
         optimizer = torch.optim.AdamW(parameter_groups(student), foreach=False, fused=False)
     center = torch.zeros(args.out_dim, device=device)
@@ -158,28 +128,13 @@ def build_state(plain, device, args):
 
 def draw_views(device, args):
     """Draw noise in place of views: [2, b, 3, g, g] and [v - 2, b, 3, l, l]."""
-    sizes = (2, args.global_size), (args.local_crops, args.local_size)
-    return [torch.randn(v, args.batch, 3, side, side, device=device) for v, side in sizes]
-
-
-def forward_and_backward(plain, device, args):
-    """Teacher forward, student forward and backward."""
-    state = build_state(plain, device, args)
-    views = draw_views(device, args)
-
-    def run():
-        with autocast(device, amp_dtype(args.amp, device)):
-            with torch.inference_mode():
-                state.teacher(views[0])
-            logits = state.student(*views)
-        logits.sum().backward()
-        state.student.zero_grad()
-
-    return run
+    b, g, l = args.batch, args.global_size, args.local_size
+    global_views = torch.randn(2, b, 3, g, g, device=device)
+    return global_views, torch.randn(args.local_crops, b, 3, l, l, device=device)
 
 
 def head_and_loss(plain, device, args):
-    """The head and the loss for all views of each image, forward and backward."""
+    """Run the head and the loss forward and backward, for all views of each image."""
     head = build_state(plain, device, args).student.head
     images, views = args.batch, 2 + args.local_crops
     features = torch.randn(views * images, head.mlp[0].in_features, device=device)
@@ -201,14 +156,14 @@ def head_and_loss(plain, device, args):
 
 
 def update(plain, device, args):
-    """What follows the gradient: clipping, AdamW and EMA."""
+    """Do what follows the gradient: clipping, AdamW and EMA."""
     state = build_state(plain, device, args)
     for p in state.student.parameters():
         p.grad = torch.randn_like(p)
 
     def run():
         if plain:
-            textbook_update(state, args.clip, args.momentum)
+            textbook.update(*state[:2], state.optimizer, args.clip, args.momentum)
             return
         nn.utils.clip_grad_norm_(state.student.parameters(), args.clip)
         state.optimizer.step()
@@ -218,25 +173,22 @@ def update(plain, device, args):
 
 
 def whole_step(plain, device, args):
-    return partial(build_step(plain, device, args), draw_views(device, args))
-
-
-def build_step(plain, device, args):
-    """Return a function that takes one step of training from views on the device."""
+    """Take a step of training, from noise unless views are given."""
     state = build_state(plain, device, args)
+    noise = draw_views(device, args)
     precision = autocast(device, amp_dtype(args.amp, device))
     # The schedule half-way through: past the warm-ups, and nothing is frozen.
     schedule = schedules(args.epochs // 2, args, steps_per_epoch=1, global_batch=args.batch)
     take_step = textbook_step if plain else train.train_step
 
-    def step(views):
+    def run(views=noise):
         take_step(state, state.student, iter([views]), schedule, args, precision)
 
-    return step
+    return run
 
 
 def nearest_neighbours(plain, device, images, bank):
-    """k-NN, k = 20; the textbook is the matrix product that no k-NN can do without."""
+    """Classify by k-NN, k = 20; the textbook is the matrix product that it cannot do without."""
     features = torch.randn(bank, 384, device=device)
     queries = torch.randn(images, 384, device=device)
     labels = torch.arange(bank, device=device) % 1000
@@ -287,15 +239,15 @@ def compare(name, part, images, settings, turns, memory=False):
 
     settings: what the part takes, the device first. Returns the seconds that the textbook takes.
     """
-    # Run both in turns; the first turn warms up.
-    ours, plain = part(False, *settings), part(True, *settings)
-    taken = [(seconds(ours, settings[0]), seconds(plain, settings[0])) for _ in range(1 + turns)]
-    ours, plain = [statistics.median(times) for times in zip(*taken[1:])]
+    device = settings[0]
+    runs = [part(plain, *settings) for plain in (False, True)]
+    taken = [[seconds(run, device) for run in runs] for _ in range(1 + turns)]
+    ours, plain = [statistics.median(times) for times in zip(*taken[1:])]  # the first warms up
     row = f"{name:48} {images / ours:9.1f} {images / plain:9.1f} {plain / ours:6.2f}"
-    if memory and (settings[0].type == "cuda" or sys.platform == "linux"):
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
-            here = fresh.apply(peak, (part, False, settings)) / 2**20
-            there = fresh.apply(peak, (part, True, settings)) / 2**20
+    if memory and (device.type == "cuda" or sys.platform == "linux"):
+        del runs  # and what they hold
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            here, there = [pool.apply(peak, (part, p, settings)) / 2**20 for p in (False, True)]
         row += f" {here:7.0f} {there:8.0f} {here / there:6.2f}"
     say(row)
     return plain
@@ -309,17 +261,18 @@ def laptop(device, steps, warm_up=5):
     args = train.parse_args(["--device", str(device)])
     images = Shapes()
     for i in range(len(images)):
-        images[i]  # is drawn now, as it has been from the second epoch on
+        images[i]  # is drawn now; in training that is over after the first epoch
     crop = MultiCrop(
         args.global_size, args.local_size, args.local_crops, args.global_scale, args.local_scale
     )
     batches = Batches(len(images), args.batch, last=warm_up + steps)
     loaded = load_views(Views(images, crop), batches, args.workers, device, bad=set())
-    step = build_step(False, device, args)
+    step = whole_step(False, device, args)
     for _ in range(warm_up):
         step(next(loaded))
 
-    start, in_step = time.perf_counter(), 0.0
+    start = time.perf_counter()
+    in_step = 0.0
     for views in loaded:
         in_step += seconds(partial(step, views), device)
     total = time.perf_counter() - start
@@ -343,10 +296,8 @@ def compare_steps(device, batch, turns, quick, rate):
     """Print the rows of a step's parts and of whole steps."""
     arch = "vit_tiny" if quick else "vit_small"
     args = paper_args(arch, batch)
-    name = f"forward and backward, {batch} images, {arch}"
-    compare(name, forward_and_backward, batch, (device, args), turns, not quick)
     name = f"head and loss, 64 images, K {args.out_dim}"
-    compare(name, head_and_loss, 64, (device, paper_args(arch, 64)), turns, True)
+    compare(name, head_and_loss, 64, (device, paper_args(arch, 64)), turns, memory=True)
     compare("clip, AdamW and EMA (images: 1)", update, 1, (device, args), turns)
 
     recipes = [paper_args("vit_tiny", 2 * batch)]
@@ -354,7 +305,7 @@ def compare_steps(device, batch, turns, quick, rate):
         recipes.append(args)
     for args in recipes:
         name = f"a whole step, {args.batch} images, {args.arch}, K {args.out_dim}"
-        taken = compare(name, whole_step, args.batch, (device, args), turns, not quick)
+        taken = compare(name, whole_step, args.batch, (device, args), turns, memory=not quick)
         with FlopCounterMode(display=False) as counter:
             whole_step(True, device, args)()
         share = counter.get_total_flops() / taken / rate
@@ -365,21 +316,23 @@ def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--quick", action="store_true",
-                        help="smaller sizes and fewer turns: about a minute on two cores")  # fmt: skip
+                        help="smaller sizes, fewer turns: a minute on two cores")  # fmt: skip
     add_device_flag(parser)
     return parser.parse_args(argv)
 
 
 def main(args):
     device, quick = usable_device(args.device), args.quick
-    torch.manual_seed(0)
+    threads = torch.get_num_threads()
     if device.type == "cuda":
-        machine, batch, turns = torch.cuda.get_device_name(device), 64, 10
+        machine = torch.cuda.get_device_name(device)
+        batch, turns = 64, 10
     else:
-        machine, batch, turns = "CPU", 4, 1 if quick else 5
-    threads, rate = torch.get_num_threads(), matmul_rate(device)
-    where = f"{machine}, {threads} threads"
-    say(f"torch {torch.__version__}, {where}, {rate / 1e9:.0f} GFLOP/s in a matrix product\n")
+        machine = f"{threads} threads of a CPU"
+        batch, turns = 4, 1 if quick else 5
+    torch.manual_seed(0)
+    rate = matmul_rate(device)
+    say(f"torch {torch.__version__}, {machine}, {rate / 1e9:.0f} GFLOP/s in a matrix product\n")
     say(f"{'':48} {'images/s':>19} {'':6} {'peak MB':>16}")
     columns = f"{'here':>9} {'textbook':>9} {'ratio':>6} {'here':>7} {'textbook':>8} {'ratio':>6}"
     say(f"{'part':48} {columns}")
@@ -390,13 +343,17 @@ def main(args):
     compare(name, read_and_crop, images, (device, images, False), turns)
     compare("  with photometry; 1 thread", read_and_crop, images, (device, images, True), turns)
     torch.set_num_threads(threads)
+
     compare_steps(device, batch, turns, quick, rate)
+
     queries, bank = (1_000, 20_000) if quick else (10_000, 200_000)
     name = f"k-NN, {queries} in {bank}; textbook: product alone"
     settings = device, queries, bank
-    compare(name, nearest_neighbours, queries, settings, min(turns, 3), not quick)
+    compare(name, nearest_neighbours, queries, settings, min(turns, 3), memory=not quick)
+
     speed, share = laptop(device, 20 if quick else 150)
-    say(f"the laptop's recipe with its input: {speed:.0f} images/s, {share:.0%} in the step")
+    took = f"{speed:.0f} images/s, {share:.0%} of the time in the step"
+    say(f"the laptop's recipe with its input: {took}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import torch
 from backbone import untrained
 from data import Views
 from distributed import in_turn, mean_over_processes
-from evaluate import Extraction, knn_of
+from evaluate import knn_of
+from features import Extraction
 from segment import attend, attention_masks, usual_size
 from shapes import Shapes
 from terminal import minutes, say

@@ -14,8 +14,6 @@ uint8 [h, w, 3].
 import argparse
 import json
 import math
-import sys
-from itertools import chain
 from pathlib import Path
 
 import matplotlib
@@ -23,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from matplotlib.figure import Figure
-from PIL import GifImagePlugin, Image, ImageSequence
+from PIL import Image
 
 from augment import resize
 from backbone import describe
 from checkpoint import RELEASED, load_backbone, write_whole
-from data import Folder, read_image, to_tensor
 from distributed import usable_device
+from film import frames, is_film, stills, write_gif
 from recipe import add_device_flag, add_network_flag
 from run import read_log
 from segment import attend, keep_mass
@@ -205,57 +203,6 @@ def draw_curve(axis, lines, title, curves, levels=()):
     axis.spines[["top", "right"]].set_visible(False)
 
 
-# ---- stills and films ----
-
-
-def stills(source):
-    """Yield (path, image) of an image file, or of each below a folder, 2.png before 10.png.
-
-    What cannot be read in a folder is named and left out. ValueError: no images there, or the file
-    cannot be read.
-    """
-    if not source.is_dir():
-        try:
-            yield source, read_image(source)
-        except Exception as error:  # whatever a decoder may raise
-            raise ValueError(f"cannot read {str(source)!r}: {error}") from None
-        return
-    for name in sorted(Folder(source).paths, key=lambda name: (len(name), name)):
-        try:
-            image = read_image(source / name)
-        except Exception:  # whatever a decoder may raise
-            say(f"cannot read {str(source / name)!r}: left out", sys.stderr)
-        else:
-            yield source / name, image
-
-
-def frames(source, fps):
-    """Yield (image, milliseconds) of a folder of frames or an animated file, one at a time.
-
-    A file that is cut short ends where it is cut.
-    """
-    if source.is_dir():
-        for _, image in stills(source):
-            yield image, 1000 / fps
-        return
-    with Image.open(source) as film:
-        try:
-            for frame in ImageSequence.Iterator(film):
-                yield to_tensor(frame.copy()), frame.info.get("duration") or 100
-        except Exception as error:  # whatever a decoder may raise
-            say(f"cannot read all of {str(source)!r}: {error}", sys.stderr)
-
-
-def is_film(path):
-    """Whether a file is an animated GIF or WebP."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.format in ("GIF", "WEBP") and image.is_animated
-    except Exception:  # whatever a decoder may raise; reading it as a still says what
-        return False
-
-
 def side_by_side(backbone, frames, short=None, mass=0.6, smooth=False):
     """Yield (PIL image, milliseconds): each frame, its mean map and its mask beside one another.
 
@@ -269,29 +216,6 @@ def side_by_side(backbone, frames, short=None, mass=0.6, smooth=False):
         pixels = torch.cat([row["image"], row["mean of heads"], row["mask"]], 1)
         yield Image.fromarray(pixels.numpy()), duration
         status(f"frame {i + 1}")
-
-
-def write_gif(pictures, path):
-    """Write (PIL image, milliseconds) as a GIF that repeats. ValueError: there is none.
-
-    One picture is held at a time: Pillow's save_all would gather them all.
-    """
-    first = next(pictures, None)
-    if first is None:
-        raise ValueError(f"no frames for {str(path)!r}: none could be read")
-
-    def write(file):
-        for i, (picture, duration) in enumerate(chain([first], pictures)):
-            picture = picture.quantize()
-            if i == 0:
-                header, _ = GifImagePlugin.getheader(picture, info={"loop": 0})
-                file.writelines(header)
-            time = round(duration, -1)
-            data = GifImagePlugin.getdata(picture, duration=time, include_color_table=True)
-            file.writelines(data)
-        file.write(b";")
-
-    write_whole(path, write)
 
 
 # ---- the command ----

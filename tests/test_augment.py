@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import augment
 from augment import MultiCrop, draw_parameters, photometry, random_box, resize
-from evaluate import center_crop
+from features import center_crop
 
 TOLERANCE = 2 / 255
 

@@ -13,23 +13,13 @@ from PIL import Image
 from torch.nn import functional as F
 
 import evaluate
+import features
 import segment
 from augment import normalize
 from backbone import architecture, build_backbone, resnet50
 from data import Batches
-from evaluate import (
-    Crops,
-    Extraction,
-    center_crop,
-    choose_labelled,
-    features,
-    fit_heads,
-    knn,
-    knn_of,
-    open_splits,
-    represent,
-    score,
-)
+from evaluate import choose_labelled, fit_heads, knn, knn_of, open_splits, score
+from features import Crops, Extraction, center_crop, extract, represent
 from shapes import Shapes
 from train import Network
 from vit import ViT
@@ -111,8 +101,8 @@ class Torn(Shapes):
 
 def test_features_skip_what_cannot_be_read(capsys):
     backbone = build_backbone("vit_micro", 8, 16).eval()
-    tokens, read = features(backbone, Torn("val"), [1, 3, 5], PLAIN)
-    whole, _ = features(backbone, Shapes("val"), [5, 1], PLAIN)
+    tokens, read = extract(backbone, Torn("val"), [1, 3, 5], PLAIN)
+    whole, _ = extract(backbone, Shapes("val"), [5, 1], PLAIN)
     assert read == [1, 5] and tokens.shape == (2, backbone.dim)
     torch.testing.assert_close(tokens, whole.flip(0))
     said = "1 images cannot be read and are left out, the first 'core 108 degrees from rim, 3'"
@@ -123,11 +113,11 @@ def test_features_are_the_papers_tokens():
     images, backbone = Shapes("val"), build_backbone("vit_micro", 8, 16).eval()
     crop = normalize(center_crop(images[7], 16)[None] / 255)
     tokens = backbone.tokens(crop, 3)
-    got, _ = features(backbone, images, [7], replace(PLAIN, last=3, mean_patches=True))
+    got, _ = extract(backbone, images, [7], replace(PLAIN, last=3, mean_patches=True))
     expected = [tokens[0, :, 0], tokens[1, :, 0], tokens[2, :, 0], tokens[2, :, 1:].mean(1)]
     torch.testing.assert_close(got, torch.cat(expected, 1))
-    torch.testing.assert_close(features(backbone, images, [7], PLAIN)[0], backbone(crop))
-    bf16, _ = features(backbone, images, [7], replace(PLAIN, dtype=torch.bfloat16))
+    torch.testing.assert_close(extract(backbone, images, [7], PLAIN)[0], backbone(crop))
+    bf16, _ = extract(backbone, images, [7], replace(PLAIN, dtype=torch.bfloat16))
     assert bf16.dtype == torch.float32 and 0 < (bf16 - backbone(crop)).abs().max() < 0.1
     convnet, image = resnet50(32).eval(), images[7][None]
     expected = convnet(normalize(image / 255))
@@ -137,23 +127,23 @@ def test_features_are_the_papers_tokens():
 def test_kept_features_are_read_only_for_the_same_question(tmp_path, monkeypatch):
     images, backbone = Shapes("val"), build_backbone("vit_micro", 8, 16).eval()
     how = replace(PLAIN, cache=tmp_path)
-    first, read = features(backbone, images, [1, 2], how)
+    first, read = extract(backbone, images, [1, 2], how)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "represent", None)  # nothing is computed
-        again, read_again = features(backbone, images, [1, 2], how)
+        patch.setattr(features, "represent", None)  # nothing is computed
+        again, read_again = extract(backbone, images, [1, 2], how)
     assert torch.equal(first, again) and read == read_again and len(list(tmp_path.iterdir())) == 1
-    features(backbone, images, [1, 3], how)
-    features(backbone, Shapes("train"), [1, 2], how)
-    features(backbone, images, [1, 2], replace(how, last=2))
+    extract(backbone, images, [1, 3], how)
+    extract(backbone, Shapes("train"), [1, 2], how)
+    extract(backbone, images, [1, 2], replace(how, last=2))
     with torch.no_grad():
         backbone.norm.bias += 1
-    moved, _ = features(backbone, images, [1, 2], how)
+    moved, _ = extract(backbone, images, [1, 2], how)
     torch.testing.assert_close(moved, first + 1)
     assert len(list(tmp_path.iterdir())) == 5
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="not a readable checkpoint: cut short"):
-        features(backbone, images, [1, 2], how)
+        extract(backbone, images, [1, 2], how)
 
 
 def test_a_part_of_the_images_has_every_class():

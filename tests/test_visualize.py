@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
+import film
 import segment
 import train
 import visualize
@@ -172,9 +173,9 @@ def test_a_film_keeps_its_length_its_times_and_what_moves(tmp_path, monkeypatch,
         pictures[0].save(source, save_all=True, **more)
     monkeypatch.setattr(visualize, "load_backbone", lambda *args: Loaded(bright(), {}, "bright"))
     drawn(["any", source, "--size", 32, "--mass", 0.5, "--fps", 5])
-    with Image.open(tmp_path / "film_attention.gif") as film:
-        assert film.n_frames == 8 and film.size == (3 * 64, 32) and film.info["loop"] == 0
-        for i, frame in enumerate(ImageSequence.Iterator(film)):
+    with Image.open(tmp_path / "film_attention.gif") as gif:
+        assert gif.n_frames == 8 and gif.size == (3 * 64, 32) and gif.info["loop"] == 0
+        for i, frame in enumerate(ImageSequence.Iterator(gif)):
             assert frame.info["duration"] == durations[i]
             image, mean, mask = to_tensor(frame.copy()).float().mean(0).split(64, 1)
             for part in (image, mask):
@@ -194,7 +195,7 @@ def test_a_film_is_written_frame_by_frame(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "quantize", quantize)
     frames = ((Image.effect_noise((30, 20), 50).convert("RGB"), 40) for _ in range(50))
-    visualize.write_gif(frames, tmp_path / "a.gif")
+    film.write_gif(frames, tmp_path / "a.gif")
     assert len(alive) == 50 and max(alive) <= 2
     assert Image.open(tmp_path / "a.gif").n_frames == 50
 

@@ -4,9 +4,12 @@ Loops are explicit, and nothing is shared with the project.
 """
 
 import math
+import random
 
 import torch
 import torch.nn.functional as F
+from PIL import ImageFilter
+from torchvision import transforms as T
 
 
 def normed(x, state, name):
@@ -91,3 +94,42 @@ def loss(student, teacher, center, student_temp, teacher_temp):
             if i != j:
                 pairs.append(-(p_t * torch.log_softmax(s / student_temp, -1)).sum(-1).mean())
     return sum(pairs) / len(pairs)
+
+
+def update(student, teacher, optimizer, clip, momentum):
+    """Clip the gradient's norm, then update the student and the teacher, both modules."""
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    factor = (clip / norm).clamp(max=1)
+    for gradient in gradients:
+        gradient.mul_(factor)
+    optimizer.step()
+    with torch.no_grad():
+        for t, s in zip(teacher.parameters(), student.parameters()):
+            t.mul_(momentum).add_(s, alpha=1 - momentum)
+
+
+def multi_crop(local_crops=8):
+    """The paper's multi-crop, a function of a PIL image, made of torchvision's transforms."""
+
+    def view(size, scale, blur, solarize):
+        bicubic = T.InterpolationMode.BICUBIC
+        return T.Compose([
+            T.RandomResizedCrop(size, scale, interpolation=bicubic),
+            T.RandomHorizontalFlip(),
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+            T.RandomGrayscale(0.2),
+            T.RandomApply([pil_blur], blur),
+            T.RandomSolarize(128, solarize),
+            T.ToTensor(),
+            T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ])  # fmt: skip
+
+    views = [view(224, (0.4, 1.0), blur=1.0, solarize=0.0)]
+    views.append(view(224, (0.4, 1.0), blur=0.1, solarize=0.2))
+    views += [view(96, (0.05, 0.4), blur=0.5, solarize=0.0)] * local_crops
+    return lambda image: [view(image) for view in views]
+
+
+def pil_blur(image):
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))

@@ -1,0 +1,155 @@
+"""Frozen features: what a backbone makes of images ("Evaluation protocols", section 3.2).
+
+The central crop of each image goes in, a vector comes out: the class token of the last block, those
+of several blocks, or the mean patch token beside it. However many processes share the work, every
+image counts once, and what they get is in the order of the images.
+"""
+
+import hashlib
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from augment import normalize, random_resized_crop, resize
+from checkpoint import load_checkpoint, write_whole
+from distributed import agree, autocast, combine
+from terminal import first_process, progress, say
+from vit import ViT
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How features are extracted: where, from which tokens, by how many processes."""
+
+    device: torch.device
+    batch: int = 256
+    workers: int = 0
+    dtype: torch.dtype | None = None  # of autocast; None: float32
+    last: int = 1  # how many blocks' class tokens
+    mean_patches: bool = False  # whether the last block's mean patch token goes along
+    rank: int = 0
+    world: int = 1  # processes that call together and share the images
+    cache: Path | None = None  # a folder that keeps features
+
+
+def center_crop(image, size):
+    """Evaluation's view: uint8 [3, h, w] -> [3, size, size].
+
+    The short side is resized to 256 / 224 of size, then the middle is cut out.
+    """
+    h, w = image.shape[1:]
+    short = size * 256 // 224
+    image = resize(image, h * short // min(h, w), w * short // min(h, w))
+    top, left = round((image.shape[1] - size) / 2), round((image.shape[2] - size) / 2)
+    return image[:, top : top + size, left : left + size]
+
+
+class Crops(Dataset):
+    """(epoch, n) -> (n, a crop of the n-th of the given images, uint8 [3, size, size]).
+
+    seed None: the central crop. Else a random resized crop, flipped or not, that follows from
+    (seed, epoch, image). An image that cannot be read gives -1 in place of n.
+    """
+
+    def __init__(self, images, indices, size, seed=None):
+        self.images, self.indices, self.size, self.seed = images, indices, size, seed
+
+    def __getitem__(self, key):
+        epoch, n = key
+        try:
+            image = self.images[self.indices[n]]
+        except Exception:  # whatever a decoder may raise
+            return -1, torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+        if self.seed is None:
+            return n, center_crop(image, self.size)
+        rng = Random(f"{self.seed} {epoch} {self.indices[n]}")
+        return n, random_resized_crop(image, self.size, (0.08, 1), rng)
+
+
+@torch.no_grad()
+def represent(backbone, crops, how):
+    """uint8 crops [b, 3, h, w] -> float32 features [b, d].
+
+    Those are the last blocks' class tokens, each through the final norm, and if asked for the last
+    block's mean patch token; or what a convnet pools.
+    """
+    images = normalize(crops.to(how.device, non_blocking=True).float() / 255)
+    with autocast(how.device, how.dtype):
+        if not isinstance(backbone, ViT) or (how.last == 1 and not how.mean_patches):
+            return backbone(images).float()
+        tokens = backbone.tokens(images, how.last).float()
+    features = list(tokens[:, :, 0])
+    if how.mean_patches:
+        features.append(tokens[-1, :, 1:].mean(1))
+    return torch.cat(features, -1)
+
+
+@torch.no_grad()
+def extract(backbone, images, indices, how):
+    """Return the features of the given images' central crops: ([n, d] float32, indices).
+
+    The second are the n of the given indices that could be read, in the order given. If several
+    processes call together, each reads its share and all get the whole. ValueError: no image can be
+    read.
+    """
+    path = None
+    if how.cache:
+        path = how.cache / f"features-{fingerprint(backbone, images, indices, how)}.pth"
+        missing = agree(int(not path.exists()))
+        if not missing:
+            saved = load_checkpoint(path)
+            return saved["features"].to(how.device), saved["read"]
+
+    out = torch.zeros(len(indices), backbone.dim * (how.last + how.mean_patches), device=how.device)
+    read = torch.zeros(len(indices), device=how.device)
+    start, training, done = time.monotonic(), backbone.training, 0
+    backbone.eval()
+    share = [(0, n) for n in range(how.rank, len(indices), how.world)]
+    crops = Crops(images, indices, backbone.image_size)
+    pin = how.device.type == "cuda"
+    loader = DataLoader(crops, how.batch, sampler=share, num_workers=how.workers, pin_memory=pin)
+    for n, crops in loader:
+        good = n[n >= 0].to(how.device)
+        out[good] = represent(backbone, crops[n >= 0], how)
+        read[good] = 1.0
+        done += how.world * len(n)
+        progress("features", min(done, len(indices)), len(indices), start)
+    backbone.train(training)
+
+    out, read = combine(out, how.world), combine(read, how.world).bool().tolist()
+    out, indices = without_unread(out, read, images, indices)
+    if path and first_process():
+        kept = {"features": out.cpu(), "read": indices}
+        write_whole(path, lambda file: torch.save(kept, file))
+    return out, indices
+
+
+def without_unread(out, read, images, indices):
+    """Leave out the images that could not be read, and say so. ValueError: that is all of them."""
+    if all(read):
+        return out, indices
+    first = images.name(indices[read.index(False)])
+    if not any(read):
+        raise ValueError(f"none of {len(indices)} images can be read, the first of them {first!r}")
+    count = read.count(False)
+    say(f"{count} images cannot be read and are left out, the first {first!r}", sys.stderr)
+    kept = [index for index, good in zip(indices, read) if good]
+    return out[torch.tensor(read, device=out.device)], kept
+
+
+def fingerprint(backbone, images, indices, how):
+    """Sixteen digits of what features depend on: weights, names and labels of images, settings.
+
+    An image changed under its name is not noticed.
+    """
+    names = [images.name(i) for i in indices]
+    settings = how.last, how.mean_patches, how.dtype, backbone.image_size
+    digest = hashlib.sha256(repr((settings, images.classes, images.labels, names)).encode())
+    for value in backbone.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
