@@ -24,9 +24,9 @@ def arguments(flags, output):
 
 
 def run(flags, output):
-    """Train as the flags say, without the pictures, which test_visualize.py sees to."""
-    pictures = dict.fromkeys(("draw_attention", "draw_curves", "draw_emergence"), mock.DEFAULT)
-    with mock.patch.multiple(report, **pictures):
+    """Train as the flags say, without the pictures and the comparison with objects at the end."""
+    names = ("draw_attention", "draw_curves", "draw_emergence", "say_jaccard")
+    with mock.patch.multiple(report, **dict.fromkeys(names, mock.DEFAULT)):
         train.main(arguments(flags, output))
     return torch.load(output / "last.pth", weights_only=True)
 
@@ -192,6 +192,16 @@ def test_overwriting_leaves_nothing_to_resume_from(tmp_path):
     anew = Run(arguments("--overwrite", tmp_path), None, None, None, batches)
     anew.resume()
     assert anew.first == 0 and not list(tmp_path.glob("*.pth"))
+
+
+def test_the_end_of_a_run_says_what_came_of_it(tmp_path, capsys):
+    train.main(arguments("--steps 1", tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("last.pth", "curves.png", "attention.png", "emergence.png"):
+        assert f"  {tmp_path / name}" in lines and (tmp_path / name).exists()
+    compared = [line for line in lines if "attention on objects (Jaccard index): teacher" in line]
+    assert len(compared) == 1 and compared[0].count(" %") == 3
+    assert lines[-1] == f"  python visualize.py {tmp_path / 'last.pth'} img.jpg"
 
 
 def test_without_local_crops(tmp_path):
