@@ -31,22 +31,34 @@ def build_backbone(arch, patch, image_size, drop_path=0.0):
     return ViT(patch, image_size=image_size, drop_path=drop_path, **ARCHITECTURES[arch])
 
 
+def trained_at(backbone):
+    """Return the side in pixels of the global crops that a backbone was trained on.
+
+    It is that of the position embeddings unless the training, begun from other weights, was at
+    another size.
+    """
+    return getattr(backbone, "trained_at", backbone.image_size)
+
+
 def architecture(backbone):
     """Return what rebuild() needs, a plain dict; a checkpoint keeps it beside the weights."""
+    sizes = {"image_size": backbone.image_size, "trained_at": trained_at(backbone)}
     if not isinstance(backbone, ViT):
-        return {"image_size": backbone.image_size}
-    return {
+        return sizes
+    return sizes | {
         "patch": backbone.patch,
         "dim": backbone.dim,
         "depth": len(backbone.blocks),
         "heads": backbone.heads,
-        "image_size": backbone.image_size,
     }
 
 
 def rebuild(architecture):
     """Return the untrained backbone that architecture() describes."""
-    return ViT(**architecture) if "heads" in architecture else resnet50(**architecture)
+    shape = {name: value for name, value in architecture.items() if name != "trained_at"}
+    backbone = ViT(**shape) if "heads" in shape else resnet50(**shape)
+    backbone.trained_at = architecture["trained_at"]
+    return backbone
 
 
 def untrained(backbone, seed=0):
@@ -70,5 +82,5 @@ def describe(backbone):
     blocks = "1 block" if depth == 1 else f"{depth} blocks"
     return (
         f"ViT of width {backbone.dim}, {blocks}, {backbone.heads} heads, "
-        f"patch {backbone.patch}, trained at {backbone.image_size} pixels"
+        f"patch {backbone.patch}, trained at {trained_at(backbone)} pixels"
     )

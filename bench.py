@@ -4,9 +4,9 @@
 
 The textbook is multi-crop in PIL, image by image; a ViT with explicit attention and all tokens
 through its last block; the loss pair by pair; and clipping, AdamW and EMA as loops over the
-parameters (tests/textbook.py has what needs nothing of the project). Both versions run in turns in one process, in the precision of training;
-the medians are compared. Peak memory is what one version, alone in a fresh process, takes above
-what the process starts with.
+parameters. (What of it needs nothing of the project is in tests/textbook.py.) Both versions run in
+turns in one process, in the precision of training, and the medians are compared. Peak memory is
+what one version, alone in a fresh process, takes above what the process starts with.
 """
 
 import argparse
@@ -29,7 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from augment import MultiCrop, views_on
-from data import Batches, Views, load_views, read_image
+from data import Batches, Views, load_views
+from decode import read_image
 from distributed import amp_dtype, autocast, usable_device
 from evaluate import knn
 from loss import batch_center, dino_loss, update_center

@@ -9,6 +9,7 @@ error that says which keys: nothing is ever loaded in part, and no file can run 
 
 import argparse
 import contextlib
+import errno
 import math
 import os
 from pathlib import Path
@@ -19,8 +20,8 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from backbone import architecture, build_backbone, describe, rebuild
-from recipe import add_network_flag
+from backbone import architecture, build_backbone, describe, rebuild, trained_at
+from recipe import add_network_flags
 from terminal import run_command
 from vit import ARCHITECTURES, ViT
 
@@ -76,12 +77,19 @@ def write_whole(path, write):
         with contextlib.suppress(OSError):
             os.unlink(beside)
         reason = str(error).splitlines()[0]
-        raise OSError(
-            f"cannot write {path} (is the disk full?): {reason}; what was there before stands"
-        ) from None
-    folder = os.open(Path(path).parent, os.O_RDONLY)
-    os.fsync(folder)  # the move itself
-    os.close(folder)
+        full = " (is the disk full?)" if is_full(error) else ""
+        line = f"cannot write {path}{full}: {reason}; what was there before stands"
+        raise OSError(line) from None
+    if os.name == "posix":
+        folder = os.open(Path(path).parent, os.O_RDONLY)
+        os.fsync(folder)  # the move itself
+        os.close(folder)
+
+
+def is_full(error):
+    """Whether an error says that no more can be written: torch's writer hides the number."""
+    number = getattr(error, "errno", None) or getattr(error.__context__, "errno", None)
+    return number in (None, errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def download(name):
@@ -128,11 +136,12 @@ def load_checkpoint(path):
 # ---- backbones ----
 
 
-def load_backbone(source, network="teacher"):
+def load_backbone(source, network="teacher", heads=None):
     """Load a backbone: source is a path or a name in RELEASED. Returns Loaded.
 
     network: which of a checkpoint's two networks. The architecture is the one saved with it, or
-    read from the tensors' shapes. ValueError: what does not fit as a whole, with the keys.
+    read from the tensors' shapes; heads: their number, for a file that does not say. ValueError:
+    what does not fit as a whole or is not finite, with the keys.
     """
     path = download(source) if source in RELEASED else source
     checkpoint = load_checkpoint(path)
@@ -148,18 +157,23 @@ def load_backbone(source, network="teacher"):
         elif "layer4.0.conv1.weight" in state:
             backbone = build_backbone("resnet50", None, trained_with.get("global_size", 224))
         else:
-            heads, assumed = number_of_heads(state, trained_with)
-            backbone = vit_like(state, heads)
+            known, assumed = number_of_heads(state, trained_with)
+            assumed = assumed and heads is None
+            backbone = vit_like(state, heads or known)
     except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError):
         keys = ", ".join(list(state)[:4])
         raise ValueError(
             f"{str(path)!r} is not a DINO backbone: its keys begin with {keys}"
         ) from None
     load_strictly(backbone, state, path)
+    if heads and isinstance(backbone, ViT) and backbone.heads != heads:
+        raise ValueError(f"{str(path)!r} says {backbone.heads} heads: leave --heads {heads} out")
 
     description = f"{source}: {network}, {describe(backbone)}"
     if assumed:
-        description += f" ({backbone.heads} heads are an assumption: the file does not say)"
+        description += (
+            f" ({backbone.heads} heads are an assumption: the file does not say; --heads sets them)"
+        )
     return Loaded(backbone.eval(), trained_with, description)
 
 
@@ -180,6 +194,8 @@ def backbone_state(checkpoint, network, path):
         found = list(state)[:4] if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{str(path)!r} has no weights where a backbone should be: {found}")
 
+    # DDP puts module. before the names, torch.compile _orig_mod.
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
     state = {key.removeprefix("module."): value for key, value in state.items()}
     if any(key.startswith("backbone.") for key in state):
         without_head = {k: v for k, v in state.items() if not k.startswith("head.")}
@@ -215,7 +231,10 @@ def vit_like(state, heads):
 
 
 def load_strictly(backbone, state, path):
-    """Load a state dict. ValueError: keys or shapes are not the backbone's, with their names."""
+    """Load a state dict.
+
+    ValueError: keys or shapes are not the backbone's, or values are not finite, with their names.
+    """
     ours = shapes_of(backbone.state_dict())
     theirs = shapes_of(state)
     wrong = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
@@ -224,6 +243,9 @@ def load_strictly(backbone, state, path):
             f"{str(path)!r} does not fit the backbone that it resembles: "
             f"missing, unexpected or misshapen {', '.join(wrong[:4])}"
         )
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{str(path)!r}: {key} holds values that are not finite")
     backbone.load_state_dict(state)
 
 
@@ -231,8 +253,8 @@ def shapes_of(state):
     return {key: value.shape for key, value in state.items()}
 
 
-def start_from(source, arch, patch, drop_path):
-    """Build a backbone with the weights of --init.
+def start_from(source, arch, patch, drop_path, global_size):
+    """Build a backbone with the weights of --init, to be trained at global_size.
 
     ValueError: they are of another architecture than arch and patch.
     """
@@ -241,11 +263,13 @@ def start_from(source, arch, patch, drop_path):
     if arch != "resnet50":
         image_size = image_size // patch * patch
     backbone = build_backbone(arch, patch, image_size, drop_path)
+    backbone.trained_at = trained_at(loaded)
     if architecture(backbone) != architecture(loaded):
         raise ValueError(
             f"--init {source} is a {describe(loaded)}: --arch {arch} --patch {patch} must say so"
         )
     backbone.load_state_dict(loaded.state_dict())
+    backbone.trained_at = global_size
     return backbone
 
 
@@ -267,12 +291,12 @@ def parse_args(argv=None):
     )
     parser.add_argument("checkpoint", help=f"a checkpoint, or {', '.join(RELEASED)}")
     parser.add_argument("file", help="where the state dict goes")
-    add_network_flag(parser)
+    add_network_flags(parser)
     return parser.parse_args(argv)
 
 
 def main(args):
-    loaded = load_backbone(args.checkpoint, args.network)
+    loaded = load_backbone(args.checkpoint, args.network, args.heads)
     write_whole(args.file, lambda file: torch.save(export(loaded.backbone), file))
     print(f"{loaded.description} -> {args.file}")
 

@@ -8,52 +8,25 @@ Views turns images into crops, and Batches says which images make up each batch.
 what they give follows from (seed, epoch, sample) and (seed, step), so resuming needs no memory.
 """
 
+import hashlib
 import os
-import warnings
+from collections import Counter
 from pathlib import Path
 from random import Random
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
 
 from augment import views_on
+from decode import open_image, read_image, suffixes, to_tensor, upright
 from shapes import Shapes
 from terminal import outlive_signals
 
-EXTENSIONS = tuple(".jpg .jpeg .png .webp .bmp .gif .ppm .pgm .tif .tiff".split())
-HELD_OUT = ("val", "valid", "validation", "test")  # names of a held-out split, the first there is
-
-
-# ---- one image ----
-
-
-def to_tensor(image):
-    """Turn a PIL image of any mode into uint8 [3, h, w].
-
-    It is turned as its EXIF says, 16 bits are scaled to 8, transparency is laid over white.
-    """
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value / 257).convert("L")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def read_image(path):
-    """Read an image file into uint8 [3, h, w].
-
-    OSError or another exception of Pillow's: it cannot be read, or is a decompression bomb.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
-            image.load()
-            return to_tensor(image)
+TRAINING = ("train", "training")  # what a training split's folder is called, in any case
+HELD_OUT = ("val", "valid", "validation", "eval", "test", "testing")  # the first there is
 
 
 # ---- data sets ----
@@ -62,22 +35,32 @@ def read_image(path):
 class Folder:
     """The images below a folder, at any depth.
 
-    Classes are the folders at the top, if there are two and every image lies in one.
-    ValueError: there is no image.
+    Classes are the folders at the top, if there are two and every image lies in one. note: what
+    else a user should know of the folder, or None. ValueError: there is no image.
     """
 
     def __init__(self, root):
         self.root = Path(root)
-        self.paths = list(image_paths(root))
+        others = Counter()
+        self.paths = list(image_paths(root, others))
+        passed_over = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
         if not self.paths:
-            raise ValueError(f"no images below {str(root)!r}: looked for {' '.join(EXTENSIONS)}")
+            found = f": passed over {passed_over}" if others else ""
+            raise ValueError(f"no images below {str(root)!r}{found}")
         tops = [path.split(os.sep)[0] if os.sep in path else None for path in self.paths]
         names = sorted(set(tops) - {None})
         self.classes = self.labels = None
+        notes = []
         if None not in tops and len(names) > 1:
             number = {name: i for i, name in enumerate(names)}
             self.classes = names
             self.labels = [number[top] for top in tops]
+        elif len(names) > 1:
+            stray = self.paths[tops.index(None)]
+            notes.append(f"no labels, since {stray!r} lies beside the {len(names)} folders")
+        if others:
+            notes.append(f"passed over {others.total()} files that are no images: {passed_over}")
+        self.note = "; ".join(notes) or None
 
     def __len__(self):
         return len(self.paths)
@@ -93,15 +76,19 @@ class Folder:
 
         None: it is opaque everywhere.
         """
-        with Image.open(self.root / self.paths[i]) as image:
+        with open_image(self.root / self.paths[i]) as image:
             if not image.has_transparency_data:
                 return None
-            alpha = pil_to_tensor(ImageOps.exif_transpose(image).convert("RGBA"))[3]
+            alpha = pil_to_tensor(upright(image).convert("RGBA"))[3]
         return (alpha > 127).byte() if alpha.min() < 128 else None
 
 
-def image_paths(root):
-    """Yield the images below a folder as relative paths, folder by folder, sorted in each."""
+def image_paths(root, others):
+    """Yield the images below a folder as relative paths, folder by folder, sorted in each.
+
+    Hidden names, those that begin with a dot, and __MACOSX are passed over. others counts the
+    files that are no images, by suffix.
+    """
     seen = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -109,30 +96,39 @@ def image_paths(root):
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders.sort()
+        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
         relative = os.path.relpath(folder, root)
-        for file in sorted(files):
-            if file.lower().endswith(EXTENSIONS):
+        for file in sorted(name for name in files if not is_hidden(name)):
+            suffix = os.path.splitext(file)[1].lower()
+            if suffix in suffixes():
                 yield os.path.normpath(os.path.join(relative, file))
+            else:
+                others[suffix or "without a suffix"] += 1
+
+
+def is_hidden(name):
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def split_folder(root, split):
     """Return the folder that holds a split, or None if there is no such split.
 
-    A root like ImageNet's has train/ and one of HELD_OUT; a root that is itself the train/ of such
-    a pair has the other beside it. Without these, the whole root is the training split.
+    A root like ImageNet's has a folder named as in TRAINING, and one as in HELD_OUT; a root that is
+    itself such a training folder has the other beside it. Without these, the whole root is the
+    training split.
     """
     root = Path(root).absolute()
     bases = [root]
-    if root.name == "train":
+    if root.name.lower() in TRAINING:
         bases.append(root.parent)
     for base in bases:
-        if not (base / "train").is_dir():
-            continue
-        if split == "train":
-            return base / "train"
-        held_out = [base / name for name in HELD_OUT if (base / name).is_dir()]
-        return held_out[0] if held_out else None
+        folders = {path.name.lower(): path for path in sorted(base.iterdir()) if path.is_dir()}
+        training = [folders[name] for name in TRAINING if name in folders]
+        held_out = [folders[name] for name in HELD_OUT if name in folders]
+        if training and split == "train":
+            return root if root in training else training[0]
+        if training:
+            return held_out[0] if held_out else None
     return root if split == "train" else None
 
 
@@ -239,6 +235,44 @@ def load_both(name):
     return train, val
 
 
+def describe_images(images):
+    """Say in a few words what was found: how many images, of which classes."""
+    text = f"{len(images)} images"
+    if isinstance(images, Folder):
+        text = f"{str(images.root)!r}: {text}"
+    if images.classes:
+        first = ", ".join(images.classes[:3])
+        more = ", ..." if len(images.classes) > 3 else ""
+        text += f" of {len(images.classes)} classes ({first}{more})"
+    else:
+        text += " without labels"
+    note = getattr(images, "note", None)
+    return f"{text}; {note}" if note else text
+
+
+def fingerprint(images):
+    """Return sixteen digits that follow from the images' names, wherever their folder lies."""
+    digest = hashlib.sha256()
+    for i in range(len(images)):
+        name = images.paths[i] if isinstance(images, Folder) else images.name(i)
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def are_constant(images, count=100):
+    """Whether each of the first images that can be read is of one colour throughout."""
+    read = 0
+    for i in range(min(count, len(images))):
+        try:
+            image = images[i]
+        except Exception:  # whatever a decoder may raise
+            continue
+        read += 1
+        if (image != image[:, :1, :1]).any():
+            return False
+    return read > 0
+
+
 # ---- samples and batches ----
 
 
@@ -261,8 +295,19 @@ class Views(Dataset):
                 continue
             views = self.transform(image, Random(f"{self.seed} {epoch} {index}"))
             return *views, (-1 if i == index else index)
-        first = self.images.name(index)
-        raise ValueError(f"ten images in a row cannot be read, the first of them {first!r}")
+        first, reason = self.images.name(index), unreadable(self.images, index)
+        raise ValueError(
+            f"ten images in a row cannot be read, the first of them {first!r}: {reason}"
+        )
+
+
+def unreadable(images, index):
+    """Say in one line why an image cannot be read; None: it can."""
+    try:
+        images[index]
+    except Exception as error:  # whatever a decoder may raise
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None
 
 
 class Batches:

@@ -12,6 +12,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from terminal import say
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
+
 
 def usable_device(name):
     """Return torch.device(name). ValueError: tensors cannot be put there."""
@@ -39,6 +47,56 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
+def allow_open_files(needed=256):
+    """Raise the limit on open files, which loading processes need, as far as is allowed.
+
+    ValueError: that is not far enough; they would wait for one another in silence.
+    """
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or hard > soft:
+        wanted = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+        soft = max(soft, wanted)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        raise ValueError(f"only {soft} files may be open at once: allow {needed} (ulimit -n)")
+
+
+HELD = []  # descriptors of the folders that this process holds
+
+
+def hold_folder(folder):
+    """Hold a folder, which is made if need be, until let_go() or this process's end.
+
+    The system lets go of it when the process ends, whatever ends it. ValueError: another process
+    holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    HELD.append(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another run is writing to {folder}: wait for it, or choose another --output"
+        ) from None
+    except OSError:  # a file system without such locks
+        pass
+
+
+def let_go():
+    """Let go of the folders that are held. A child does so too: it may outlive this process."""
+    while HELD:
+        os.close(HELD.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=let_go)
+
+
 @contextmanager
 def processes(name):
     """Meet the other processes that torchrun started, if it did, and part from them at the end.
@@ -47,6 +105,9 @@ def processes(name):
     gloo, a GPU's through nccl.
     RuntimeError, then or later: one process keeps the others waiting for ten minutes.
     """
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "RANK" not in os.environ:
+        say("note: this is one process on its own; to share the work, start it with torchrun")
+    allow_open_files()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = usable_device(f"cuda:{local_rank}" if name == "cuda" else name)
@@ -63,6 +124,7 @@ def processes(name):
     try:
         yield device, rank, world
     finally:
+        let_go()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -25,12 +25,13 @@ from einops import einsum, rearrange, repeat
 from torch import nn
 from torch.utils.data import DataLoader
 
+from backbone import trained_at
 from checkpoint import write_whole
 from data import Batches, load
 from distributed import amp_dtype, in_turn
 from features import Crops, Extraction, extract, represent
 from protocol import add_flags, check_positive, run_protocol
-from recipe import add_amp_flag
+from recipe import add_amp_flag, usable_cores
 from terminal import first_process, progress, run_command, say
 from vit import ViT
 
@@ -207,7 +208,7 @@ def probe(backbone, train, val, how, args):
     if args.cached:
         batches = cached_batches(bank, targets, order)
     else:
-        crops = Crops(train, chosen, backbone.image_size, args.seed)
+        crops = Crops(train, chosen, trained_at(backbone), args.seed)
         batches = random_batches(backbone, crops, targets, order, how)
     rates = [rate * order.total / 256 for rate in args.lr]
     classes = len(train.classes)
@@ -316,9 +317,10 @@ def open_splits(data):
     train, val = load(data, "train"), load(data, "val")
     for name, images in ((repr(data), train), (f"the held-out split of {data!r}", val)):
         if images is not None and images.labels is None:
+            note = getattr(images, "note", None)
             raise ValueError(
                 f"{name} has no labels: put the images of each class, two or more, into a folder "
-                "of its own"
+                f"of its own{f' ({note})' if note else ''}"
             )
     if val is None or val.classes == train.classes:
         return train, val
@@ -371,7 +373,8 @@ def parse_args(argv=None):
         help="keep features in the output folder, and read those that are there")  # fmt: skip
     add_amp_flag(parser)
     add("--batch", type=int, default=256, help="images a process at a time")
-    add("--workers", type=int, default=2, help="processes that read images")
+    workers = min(2, usable_cores())
+    add("--workers", type=int, default=workers, help="processes that read images")
     add("--seed", type=int, default=0, help="linear: of the crops and their order")
     return parser.parse_args(argv)
 

@@ -13,9 +13,12 @@ from pathlib import Path
 from random import Random
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from augment import normalize, random_resized_crop, resize
+from backbone import trained_at
 from checkpoint import load_checkpoint, write_whole
 from distributed import agree, autocast, combine
 from terminal import first_process, progress, say
@@ -44,8 +47,14 @@ def center_crop(image, size):
     """
     h, w = image.shape[1:]
     short = size * 256 // 224
-    image = resize(image, h * short // min(h, w), w * short // min(h, w))
-    top, left = round((image.shape[1] - size) / 2), round((image.shape[2] - size) / 2)
+    height, width = h * short // min(h, w), w * short // min(h, w)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    if max(h, w) > 8 * min(h, w):  # a long strip, of which the middle alone is resized
+        box = (left * w / width, top * h / height)
+        box += ((left + size) * w / width, (top + size) * h / height)
+        middle = to_pil_image(image).resize((size, size), Image.Resampling.BICUBIC, box)
+        return pil_to_tensor(middle)
+    image = resize(image, height, width)
     return image[:, top : top + size, left : left + size]
 
 
@@ -110,7 +119,7 @@ def extract(backbone, images, indices, how):
     start, training, done = time.monotonic(), backbone.training, 0
     backbone.eval()
     share = [(0, n) for n in range(how.rank, len(indices), how.world)]
-    crops = Crops(images, indices, backbone.image_size)
+    crops = Crops(images, indices, trained_at(backbone))
     pin = how.device.type == "cuda"
     loader = DataLoader(crops, how.batch, sampler=share, num_workers=how.workers, pin_memory=pin)
     for n, crops in loader:
@@ -148,7 +157,7 @@ def fingerprint(backbone, images, indices, how):
     An image changed under its name is not noticed.
     """
     names = [images.name(i) for i in indices]
-    settings = how.last, how.mean_patches, how.dtype, backbone.image_size
+    settings = how.last, how.mean_patches, how.dtype, trained_at(backbone)
     digest = hashlib.sha256(repr((settings, images.classes, images.labels, names)).encode())
     for value in backbone.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())

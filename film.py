@@ -9,8 +9,12 @@ from itertools import chain
 from PIL import GifImagePlugin, Image, ImageSequence
 
 from checkpoint import write_whole
-from data import Folder, read_image, to_tensor
+from data import Folder
+from decode import read_image, to_tensor
 from terminal import say
+
+VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+FRAMES = "mkdir frames; ffmpeg -i {} frames/%05d.png, then frames --fps 10"
 
 
 def stills(source):
@@ -23,7 +27,10 @@ def stills(source):
         try:
             yield source, read_image(source)
         except Exception as error:  # whatever a decoder may raise
-            raise ValueError(f"cannot read {str(source)!r}: {error}") from None
+            reason = str(error)
+            if source.suffix.lower() in VIDEOS:
+                reason = f"a film is read as a GIF or a folder of frames: {FRAMES.format(source)}"
+            raise ValueError(f"cannot read {str(source)!r}: {reason}") from None
         return
     for name in sorted(Folder(source).paths, key=lambda name: (len(name), name)):
         try:

@@ -1,6 +1,5 @@
 """What the commands that evaluate a checkpoint share: flags, opening it, and evaluate.jsonl."""
 
-import json
 import math
 import os
 import time
@@ -13,8 +12,8 @@ from torch import nn
 from backbone import untrained
 from checkpoint import RELEASED, load_backbone
 from distributed import in_turn, processes
-from recipe import add_device_flag, add_network_flag
-from terminal import first_process, say
+from recipe import add_device_flag, add_network_flags
+from terminal import first_process, json_line, say
 
 
 class Subject(NamedTuple):
@@ -41,7 +40,7 @@ def add_flags(parser):
     parser.add_argument("checkpoint", help=f"a checkpoint, or released weights: {names}")
     parser.add_argument("--data", help="a folder or a data set's name "
                         "(default: what the checkpoint was trained on)")  # fmt: skip
-    add_network_flag(parser)
+    add_network_flags(parser)
     parser.add_argument("--output", type=Path,
                         help="folder for the results (default: the checkpoint's)")  # fmt: skip
     add_device_flag(parser)
@@ -72,7 +71,7 @@ def run_protocol(args, protocol):
         }
         if first_process():
             with open(subject.folder / "evaluate.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json_line(line))
 
 
 def open_subject(args, device, rank, world):
@@ -80,7 +79,7 @@ def open_subject(args, device, rank, world):
 
     ValueError: it does not load or say what it was trained on, or the folder cannot be written.
     """
-    loaded = in_turn(lambda: load_backbone(args.checkpoint, args.network))
+    loaded = in_turn(lambda: load_backbone(args.checkpoint, args.network, args.heads))
     data = args.data or loaded.trained_with.get("data")
     if data is None:
         raise ValueError(

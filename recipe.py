@@ -211,6 +211,7 @@ def add_run_flags(parser):
     add("--output", type=Path,
         help="the run's folder (default: runs/NAME, from architecture and data)")  # fmt: skip
     add("--overwrite", action="store_true", help="start anew in a folder that holds another run")
+    add("--accept_data", action="store_true", help="go on with a run whose data has changed")
     add("--stop_on_collapse", action="store_true",
         help="end a run whose output has collapsed, rather than warn")  # fmt: skip
     add("--log_every", type=int, default=10, help="steps between lines of the log")
@@ -236,17 +237,26 @@ def add_amp_flag(parser):
                         "networks (auto: on GPUs)")  # fmt: skip
 
 
-def add_network_flag(parser):
+def add_network_flags(parser):
     parser.add_argument("--network", choices=("teacher", "student"), default="teacher",
                         help="which of a checkpoint's two networks")  # fmt: skip
+    parser.add_argument("--heads", type=int, help="a ViT's number of heads, for foreign weights of "
+                        "another than the paper's")  # fmt: skip
 
 
 def default_workers(device):
     """How many processes load images. On two cores they and the model wait for one another: 0."""
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.startswith("cuda"):
-        return min(10, cores)
+        return max(1, min(10, cores))
     return 1 if cores > 2 else 0
+
+
+def usable_cores():
+    """How many cores this process may use: a container or taskset may allow few of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def default_output(args):

@@ -7,7 +7,7 @@ import time
 import torch
 
 from backbone import untrained
-from data import Views
+from data import Views, are_constant, describe_images
 from distributed import in_turn, mean_over_processes
 from evaluate import knn_of
 from features import Extraction
@@ -21,6 +21,13 @@ from vit import ViT
 def before_training(run):
     """Say what is about to be trained; test and keep what the networks are at the start."""
     args, peak = run.args, run.args.lr * run.global_batch / 256
+    say(describe_images(run.images))
+    if run.val is not None:
+        say(f"held out: {describe_images(run.val)}")
+    if are_constant(run.images):
+        say("warning: the first images are each of one colour throughout: are they read rightly?")
+    if args.freeze_last_layer >= args.epochs:
+        say("warning: --freeze_last_layer keeps the last layer as it is for the whole run")
     say(
         f"{len(run.images)} images, {run.world} x {args.batch} x {args.accumulate} a step, "
         f"{run.total} steps, learning rate {args.lr:g} x {run.global_batch} / 256 = {peak:g}, "

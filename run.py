@@ -16,16 +16,17 @@ import torch
 
 from backbone import architecture
 from checkpoint import load_checkpoint, write_whole
-from distributed import agree
-from terminal import RECEIVED, minutes, say, status
+from data import fingerprint, unreadable
+from distributed import agree, hold_folder
+from terminal import RECEIVED, json_line, minutes, say, status
 
 FORMAT = 3  # of last.pth
 FREE = set(  # the arguments that resuming may change; the rest is the configuration
-    "steps compile recompute workers device output overwrite stop_on_collapse "
+    "steps compile recompute workers device output overwrite accept_data stop_on_collapse "
     "log_every save_every keep_every keep knn_every knn_bank".split()
 )
 PARTS = ("student", "teacher", "optimizer", "scaler")  # of the state, each with a state dict
-NOTED = ("epochs", "world", "batch", "accumulate")  # may change too, and the run says so
+NOTED = ("data", "epochs", "world", "batch", "accumulate")  # may change too, and the run says so
 
 
 def read_log(path):
@@ -36,6 +37,11 @@ def read_log(path):
             with suppress(json.JSONDecodeError):
                 lines.append(json.loads(line))
     return lines
+
+
+def epoch_of(path):
+    """The number in epoch-NNNN.pth."""
+    return int(path.stem.split("-")[1])
 
 
 class Run:
@@ -66,6 +72,8 @@ class Run:
             "precision": str(dtype),
             "world": self.world,
         }
+        # what the data is, wherever it lies
+        self.content = {"images": len(images), "names": fingerprint(images)} if images else {}
 
     # ---- going on, and writing down ----
 
@@ -74,6 +82,8 @@ class Run:
 
         ValueError: it is of another configuration, with the differences.
         """
+        if self.main:
+            hold_folder(self.args.output)
         path = self.args.output / "last.pth"
         # --overwrite starts anew, but a restart by torchrun goes on
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -103,6 +113,7 @@ class Run:
             for name, value in self.config.items()
             if theirs.get(name) != value and name != "amp"  # amp shows in the precision
         }
+        self.check_content(path, checkpoint["content"])
         differ = [text for name, text in changed.items() if name not in NOTED]
         if differ:
             raise ValueError(
@@ -118,17 +129,28 @@ class Run:
         if "epochs" in changed:
             say("note: the schedules follow the new --epochs from here on")
 
+    def check_content(self, path, theirs):
+        """ValueError: the images, wherever they lie, are not those that it was trained on."""
+        if theirs == self.content or self.args.accept_data:
+            return
+        counts = f"{theirs['images']} images then, {self.content['images']} now"
+        if theirs["images"] == self.content["images"]:
+            counts += ", of other names"
+        raise ValueError(
+            f"{path} was trained on other data ({counts}): --accept_data goes on with it all the "
+            "same, --overwrite starts anew"
+        )
+
     def open_folder(self, anew):
         """Make the folder ready: write the configuration, cut the log at the first step."""
         folder = self.args.output
-        folder.mkdir(parents=True, exist_ok=True)
         if anew:
             for old in [folder / "last.pth", *folder.glob("epoch-*.pth")]:
                 old.unlink(missing_ok=True)
         config = json.dumps(self.config, indent=1) + "\n"
         write_whole(folder / "config.json", lambda file: file.write(config.encode()))
         kept = [line for line in self.lines() if self.first and line["step"] <= self.first]
-        log = "".join(json.dumps(line) + "\n" for line in kept)
+        log = "".join(json_line(line) for line in kept)
         write_whole(self.log_path, lambda file: file.write(log.encode()))
 
     def lines(self):
@@ -137,7 +159,7 @@ class Run:
     def log(self, **values):
         if self.main:
             with open(self.log_path, "a") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(json_line(values))
 
     def save(self, name, step):
         """Write a checkpoint; of those kept at an interval, the newest --keep stay."""
@@ -150,13 +172,17 @@ class Run:
             "args": self.config,
             "architecture": architecture(self.state.teacher.backbone),
             "classes": self.images.classes,
+            "content": self.content,
             "center": self.state.center,
             "attention": self.attention,
         }
         checkpoint |= {name: getattr(self.state, name).state_dict() for name in PARTS}
         write_whole(self.args.output / name, lambda file: torch.save(checkpoint, file))
-        if self.args.keep:
-            for old in sorted(self.args.output.glob("epoch-*.pth"))[: -self.args.keep]:
+        if self.args.keep and name != "last.pth":
+            # what is left of a longer run, from after this epoch, does not count as newest
+            now = epoch_of(Path(name))
+            kept = [old for old in self.args.output.glob("epoch-*.pth") if epoch_of(old) <= now]
+            for old in sorted(kept, key=epoch_of)[: -self.args.keep]:
                 old.unlink()
 
     # ---- watching ----
@@ -200,9 +226,10 @@ class Run:
             say(f"cannot read {name!r}: its place is taken by the next image", sys.stderr)
         self.named |= self.bad
         if len(self.bad) > 0.01 * len(self.images):
+            reason = unreadable(self.images, min(self.bad))
             raise ValueError(
                 f"{len(self.bad)} of {len(self.images)} images cannot be read, more than 1 %: "
-                "mend or remove them"
+                f"mend or remove them (the first: {reason})"
             )
 
     def watch(self, epoch, entropy, mean_entropy, kl, patience=20):

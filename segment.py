@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 
 from augment import normalize, resize
-from backbone import describe
+from backbone import describe, trained_at
 from data import load
 from distributed import combine, in_turn
 from protocol import add_flags, check_positive, run_protocol
 from terminal import progress, run_command, say
 from vit import ViT
+
+MOST_PATCHES = 2**16  # of an image
 
 # ---- attention as maps ----
 
@@ -43,12 +45,12 @@ def attention_maps(backbone, images):
 
 def keep_mass(maps, mass=0.6):
     """[..., h, w] -> bool: the fewest patches that hold the given share of each map (Figure 4)."""
-    flat = rearrange(maps, "... h w -> ... (h w)").double()
+    flat = rearrange(maps, "... h w -> ... (h w)").cpu().double()  # not every device has float64
     value, order = flat.sort(-1, descending=True)
     before = value.cumsum(-1) - value  # what the larger ones hold
     kept = before < mass * value.sum(-1, keepdim=True)
     kept = torch.zeros_like(kept).scatter(-1, order, kept)
-    return rearrange(kept, "... (h w) -> ... h w", h=maps.shape[-2])
+    return rearrange(kept, "... (h w) -> ... h w", h=maps.shape[-2]).to(maps.device)
 
 
 def usual_size(backbone):
@@ -56,7 +58,7 @@ def usual_size(backbone):
 
     It is 480 / 224 of what the network was trained at: 480 for the paper's.
     """
-    patches = backbone.image_size * 480 // 224 // backbone.patch
+    patches = trained_at(backbone) * 480 // 224 // backbone.patch
     return backbone.patch * max(1, patches)
 
 
@@ -67,14 +69,8 @@ def attend(backbone, image, short=None):
     filled up with the edge's pixels. Returns (maps, (y, x)), where y and x are the share of the
     maps that the image covers. ValueError: more patches than fit into memory.
     """
-    patch, short = backbone.patch, short or usual_size(backbone)
-    shrink = short / min(image.shape[1:])
-    h, w = (max(1, round(side * shrink)) for side in image.shape[1:])
-    if h * w > 2**16 * patch**2:
-        raise ValueError(
-            f"an image of {image.shape[2]} x {image.shape[1]} with its short side at {short} "
-            f"has more than {2**16} patches: lower --size"
-        )
+    patch = backbone.patch
+    h, w = fitted_size(image, short or usual_size(backbone), patch)
     x = resize(image, h, w)[None].to(backbone.cls_token.device)
     down, right = -h % patch, -w % patch
     x = F.pad(normalize(x.float() / 255), (0, right, 0, down), mode="replicate")
@@ -97,28 +93,47 @@ def jaccard(masks, objects, void):
 
 
 def fit(image, short, patch):
-    """Resize uint8 [c, h, w] to a short side near short, and crop each side to whole patches."""
-    scale = short / min(image.shape[1:])
-    h, w = (max(patch, round(side * scale)) for side in image.shape[1:])
+    """Resize uint8 [c, h, w] to a short side near short, and crop each side to whole patches.
+
+    ValueError: more patches than fit into memory.
+    """
+    h, w = fitted_size(image, short, patch)
+    h, w = max(patch, h), max(patch, w)
     image = resize(image, h, w)
     return image[:, : h // patch * patch, : w // patch * patch]
 
 
-def read_objects(images, i):
-    """Return (image, objects, void), uint8 [3, h, w] and bool [o, h, w] and [h, w].
+def fitted_size(image, short, patch):
+    """Return (height, width) of an image [c, h, w] with its short side at so many pixels.
 
-    None: the image cannot be read, or shows no object.
+    ValueError: more patches than fit into memory.
+    """
+    scale = short / min(image.shape[1:])
+    h, w = (max(1, round(side * scale)) for side in image.shape[1:])
+    if h * w > MOST_PATCHES * patch**2:
+        raise ValueError(
+            f"an image of {image.shape[2]} x {image.shape[1]} with its short side at {short} "
+            f"has more than {MOST_PATCHES} patches: lower --size"
+        )
+    return h, w
+
+
+def read_objects(images, i, short, patch):
+    """Return (image, objects, void), uint8 [3, h, w] and bool [o, h, w] and [h, w], all fit.
+
+    None: the image cannot be read, is too long a strip, or shows no object.
     """
     try:
         image, numbers = images[i], images.mask(i)
+        if numbers is None:
+            return None
+        image = fit(image, short, patch)
+        present = [number for number in numbers.unique().tolist() if 0 < number < 255]
+        masks = [numbers == number for number in (255, *present)]
+        void, *objects = fit(255 * torch.stack(masks).byte(), short, patch) > 127
     except Exception:  # whatever a decoder may raise
         return None
-    if numbers is None:
-        return None
-    present = [number for number in numbers.unique().tolist() if 0 < number < 255]
-    if not present:
-        return None
-    return image, torch.stack([numbers == number for number in present]), numbers == 255
+    return (image, torch.stack(objects), void) if objects else None
 
 
 def attention_masks(networks, images, device, short, mass=0.6, rank=0, world=1):
@@ -134,9 +149,9 @@ def attention_masks(networks, images, device, short, mass=0.6, rank=0, world=1):
     counts = torch.zeros(len(images), dtype=torch.long)
     for i in range(rank, len(images), world):
         progress("images", i + 1, len(images), start)
-        found = read_objects(images, i)
+        found = read_objects(images, i, short, networks[0].patch)
         if found is not None:
-            index = image_jaccard(networks, *found, device, short, mass)
+            index = image_jaccard(networks, *found, device, mass)
             best = index.amax(2, keepdim=True)
             sums[i] = torch.cat([best, index], 2).sum(1)
             counts[i] = index.shape[1]
@@ -149,18 +164,15 @@ def attention_masks(networks, images, device, short, mass=0.6, rank=0, world=1):
     return 100 * sums.sum(0) / counts.sum(), counts.sum().item(), (counts > 0).sum().item()
 
 
-def image_jaccard(networks, image, objects, void, device, short, mass):
+def image_jaccard(networks, image, objects, void, device, mass):
     """Compare each network's heads with an image's objects: Jaccard index [networks, o, heads]."""
     patch = networks[0].patch
-    masks = 255 * torch.cat([void[None], objects]).byte()
-    void, *objects = fit(masks, short, patch).to(device) > 127
-    image = fit(image, short, patch)[None].to(device)
-    image = normalize(image.float() / 255)
+    image = normalize(image[None].to(device).float() / 255)
     rows = []
     for network in networks:
-        kept = keep_mass(attention_maps(network, image)[0], mass)
+        kept = keep_mass(attention_maps(network, image)[0], mass).cpu()
         kept = repeat(kept, "heads h w -> heads (h p) (w q)", p=patch, q=patch)
-        rows.append(jaccard(kept, torch.stack(objects), void).cpu().double())
+        rows.append(jaccard(kept, objects, void).double())
     return torch.stack(rows)
 
 

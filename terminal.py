@@ -7,6 +7,8 @@ Of several processes that torchrun has started, the first alone prints.
 import atexit
 import contextlib
 import io
+import json
+import math
 import multiprocessing
 import os
 import re
@@ -15,19 +17,25 @@ import sys
 import time
 from pathlib import Path
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # from batch systems and Ctrl-C
+# From batch systems and Ctrl-C; not every system has every signal.
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+]
 RECEIVED = []  # the signals that have asked this process to stop
 LOADER_DIED = (
     "a process that loads images was killed (often for its memory: lower --workers); "
     "the same command goes on from the last checkpoint"
 )
 REASONS = {  # what torch's errors say -> what that means here
-    "allocate memory|out of memory": "out of memory: lower --batch "
-    "(and raise --accumulate as much, for the same global batch)",
+    r"shared memory|\bshm\b|/torch_\d+": "the shared memory (/dev/shm) that loading processes need "
+    "is full: lower --workers (0 needs none), or enlarge it (docker run --shm-size)",
+    "[Tt]oo many open files": "too many open files: lower --workers, or allow more (ulimit -n)",
     r"DataLoader worker \(pid": LOADER_DIED,
+    r"C\+\+ compiler|[Cc]ompiler: .* not found": "--compile needs a C++ compiler, and finds none",
     "peer|gloo|NCCL": "another process of this run died or hangs; "
     "the same command goes on from the last checkpoint",
 }
+OUT_OF_MEMORY = "allocate memory|out of memory"
 _last_status = [0.0]
 
 
@@ -81,13 +89,18 @@ def progress(what, done, total, start):
 def run_command(main, parse_args):
     """Run main(parse_args()), and end in one line if it fails in a way that is not our defect."""
     atexit.register(end_children)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name need not be printable
+            stream.reconfigure(errors="backslashreplace")
+    args = None
     try:
-        main(parse_quietly(parse_args))
+        args = parse_quietly(parse_args)
+        main(args)
     except KeyboardInterrupt:
         clear_status()
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, RuntimeError, EOFError) as error:
-        line = explain(error)
+        line = explain(error, args)
         if line is None:
             raise
         clear_status()
@@ -106,18 +119,40 @@ def parse_quietly(parse_args):
         raise
 
 
-def explain(error):
+def explain(error, args):
     """Say in one line what an error means for the user; None: it is a defect, show the traceback.
 
     A loader's process that died shows as a RuntimeError of torch's, or as a broken connection.
     """
     if isinstance(error, (ConnectionError, EOFError)):
         return LOADER_DIED
+    text = f"{error} {error.__context__}"
+    if isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, text):
+        return f"out of memory: {less_memory(args)}"
     if isinstance(error, RuntimeError):
-        text = f"{error} {error.__context__}"
         return next((why for pattern, why in REASONS.items() if re.search(pattern, text)), None)
     lines = str(error).splitlines() or [repr(error)]
     return re.sub(r"^[A-Za-z]+Error: ", "", lines[-1])  # an error in a loader ends its traceback
+
+
+def less_memory(args):
+    """Say which of the command's own flags lowers what it takes."""
+    if hasattr(args, "accumulate"):
+        return "lower --batch (and raise --accumulate as much, for the same global batch)"
+    return "lower --batch" if hasattr(args, "batch") else "lower --size"
+
+
+def json_line(values):
+    """Return a line of JSON, which knows neither NaN nor infinity: null stands in their place."""
+    return json.dumps(finite(values), allow_nan=False) + "\n"
+
+
+def finite(value):
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- signals ----
@@ -125,9 +160,11 @@ def explain(error):
 
 def on_signal(number, frame):
     """Let the step end and a checkpoint be written; at the second signal end at once."""
-    if RECEIVED:
-        os._exit(128 + number)
     RECEIVED.append(number)
+    if len(RECEIVED) == 2:
+        sys.exit(128 + number)
+    if len(RECEIVED) > 2:  # the exit hangs
+        os._exit(128 + number)
 
 
 def listen():
@@ -139,7 +176,8 @@ def listen():
 
 def end_children():
     """At the process's end, kill the loader's processes: they ignore a polite request."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
 

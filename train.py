@@ -123,7 +123,7 @@ def build_networks(args, device, world):
     """Return student and teacher, alike at the start; no gradient reaches the teacher."""
     torch.manual_seed(args.seed)
     if args.init:
-        backbone = start_from(args.init, args.arch, args.patch, args.drop_path)
+        backbone = start_from(args.init, args.arch, args.patch, args.drop_path, args.global_size)
     else:
         backbone = build_backbone(args.arch, args.patch, args.global_size, args.drop_path)
     head = DINOHead(

@@ -28,7 +28,7 @@ from backbone import describe
 from checkpoint import RELEASED, load_backbone, write_whole
 from distributed import usable_device
 from film import frames, is_film, stills, write_gif
-from recipe import add_device_flag, add_network_flag
+from recipe import add_device_flag, add_network_flags
 from run import read_log
 from segment import attend, keep_mass
 from terminal import run_command, say, status
@@ -229,7 +229,7 @@ def parse_args(argv=None):
     add("checkpoint", help=f"a checkpoint, {vits} (released weights), or a run's folder for its "
         "curves")  # fmt: skip
     add("images", nargs="*", type=Path, help="images, folders of images, animated GIFs or WebPs")
-    add_network_flag(parser)
+    add_network_flags(parser)
     add("--size", type=int, nargs="+", default=[None], help="short side in pixels, or several "
         "(default: 480/224 of the training size, 480 for the paper's)")  # fmt: skip
     add("--mass", type=float, default=0.6,
@@ -305,7 +305,7 @@ def main(args):
         redraw_curves(log, args.output)
         return
     check(args)
-    loaded = load_backbone(args.checkpoint, args.network)
+    loaded = load_backbone(args.checkpoint, args.network, args.heads)
     backbone = loaded.backbone
     if not isinstance(backbone, ViT):
         kind = describe(backbone)

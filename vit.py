@@ -146,7 +146,7 @@ class ViT(nn.Module):
     def embed(self, images):
         """Turn images [b, 3, h, w] into the first block's tokens [b, 1 + n, d]."""
         b, _, h, w = images.shape
-        p = self.patch
+        h, w, p = int(h), int(w), self.patch  # in a trace the sizes are tensors
         if h % p or w % p:
             raise ValueError(f"image {h}x{w} is not divisible by patch {p}: crop or resize it")
         cls_token = repeat(self.cls_token, "1 1 d -> b 1 d", b=b)

@@ -2,6 +2,7 @@ import io
 import os
 import runpy
 import sys
+import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def without_keys(bias):
     """
     queries, _, values = bias.chunk(3)
     return torch.cat([queries, values])
+
+
+@pytest.fixture(autouse=True)
+def temporary_files(monkeypatch):
+    """The folder for temporary files of the processes that a test starts; its name is short."""
+    with tempfile.TemporaryDirectory(prefix="dino") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
 
 
 @pytest.fixture(autouse=True)

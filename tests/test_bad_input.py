@@ -20,7 +20,8 @@ import train
 from backbone import build_backbone, resnet50
 from checkpoint import export
 from conftest import TINY, command_here
-from data import Batches, Folder, Views, read_image
+from data import Batches, Folder, Views
+from decode import read_image
 from head import DINOHead
 from shapes import Shapes
 
@@ -81,6 +82,7 @@ def put_images(place):
     (place / "text" / "readme.txt").write_text("no image")
     image.save(place / "image.png")
     (place / "text.jpg").write_text("no image")
+    (place / "film.mp4").write_text("no image")
     (place / "bomb.png").write_bytes(png(100_000, 100_000))
     (place / "cut.png").write_bytes((place / "image.png").read_bytes()[:400])
 
@@ -137,6 +139,7 @@ TRAIN = [  # flags of train.py, what the line says; --data good --output out com
     ("--data few", "3 images are fewer than a global batch of 4"),
     ("--data bad --knn_every 0", "images in a row cannot be read"),
     ("--data half --knn_every 0", "of 20 images cannot be read, more than 1 %"),
+    ("--data half --knn_every 0", "mend or remove them (the first: cannot identify image file"),
     ("--init nowhere.pth", "no checkpoint at 'nowhere.pth'"),
     ("--init empty", "no checkpoint at 'empty'"),
     ("--init text.pth", "'text.pth' is not a readable checkpoint"),
@@ -194,6 +197,7 @@ OTHERS = [
     ("visualize.py bare.pth cut.png", "cannot read 'cut.png'"),
     ("visualize.py bare.pth bomb.png",
      "cannot read 'bomb.png': Image size (10000000000 pixels) exceeds limit"),
+    ("visualize.py bare.pth film.mp4", "a film is read as a GIF or a folder of frames: mkdir"),
     ("visualize.py bare.pth empty", "no images below"),
     ("visualize.py bare.pth image.png --mass 0", "--mass 0.0 must lie in (0, 1]"),
     ("visualize.py bare.pth image.png --size 0", "--size 0 must be positive"),
@@ -214,10 +218,8 @@ ENVIRONMENTS = [
 ]
 
 
-MET_ON_THE_WAY = (
-    "images in a row cannot be read",
-    "of 20 images cannot be read, more than 1 %",
-)  # the run has begun: its folder has settings and a log
+# The run has begun: its folder has settings and a log.
+MET_ON_THE_WAY = "images in a row cannot be read", "more than 1 %", "mend or remove them"
 
 
 def state_of(place):

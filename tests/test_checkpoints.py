@@ -11,10 +11,12 @@ import checkpoint
 import evaluate
 import train
 import visualize
-from backbone import build_backbone
+from backbone import build_backbone, trained_at
 from checkpoint import export, load_backbone
 from conftest import TINY
+from features import Crops
 from head import DINOHead
+from shapes import Shapes
 from test_train import run
 from vit import ViT
 
@@ -81,6 +83,8 @@ def test_the_number_of_heads_is_saved_and_read_back(tmp_path, monkeypatch):
     loaded = load_backbone(tmp_path / "last.pth")
     assert [block.attn.heads for block in loaded.backbone.blocks] == [12, 12]
     assert "12 heads" in loaded.description and "assumption" not in loaded.description
+    with pytest.raises(ValueError, match="says 12 heads: leave --heads 6 out"):
+        load_backbone(tmp_path / "last.pth", heads=6)
     with pytest.raises(ValueError, match="12 heads.*--arch vit_tiny --patch 8 must say so"):
         run(f"--arch vit_tiny --init {tmp_path / 'last.pth'}", tmp_path / "other")
 
@@ -94,7 +98,10 @@ def test_for_a_foreign_file_the_number_of_heads_is_an_assumption_and_said(
     torch.save(ViT(8, dim, 1, heads, 16).state_dict(), tmp_path / "bare.pth")
     loaded = load_backbone(tmp_path / "bare.pth")
     assert loaded.backbone.heads == assumed
-    assert f"({assumed} heads are an assumption: the file does not say)" in loaded.description
+    said = f"({assumed} heads are an assumption: the file does not say; --heads sets them)"
+    assert said in loaded.description
+    told = load_backbone(tmp_path / "bare.pth", heads=heads)
+    assert told.backbone.heads == heads and "assumption" not in told.description
 
 
 def test_checkpoints_from_before_the_architecture_was_saved_still_load(tmp_path):
@@ -109,6 +116,39 @@ def test_checkpoints_from_before_the_architecture_was_saved_still_load(tmp_path)
     os.replace(tmp_path / "old.pth", tmp_path / "last.pth")
     with pytest.raises(ValueError, match="no run to resume, or of another version of this code"):
         run("--steps 2 --knn_every 0", tmp_path)
+
+
+def test_the_size_that_a_network_was_trained_at_is_saved_and_read_back(tmp_path, capsys):
+    """Not guessed from the position embeddings, which --init leaves as they are."""
+    run("--steps 1 --knn_every 0", tmp_path / "small")
+    first = tmp_path / "small" / "last.pth"
+    flags = f"--steps 1 --init {first} --global_size 32"
+    run(flags, tmp_path / "large")
+    loaded = load_backbone(tmp_path / "large" / "last.pth")
+    assert loaded.backbone.image_size == 16 and trained_at(loaded.backbone) == 32
+    assert "trained at 32 pixels" in loaded.description
+    sizes = [Crops(Shapes(), [0], trained_at(net))[0, 0][1].shape[1] for net in
+             (loaded.backbone, load_backbone(first).backbone)]  # fmt: skip
+    assert sizes == [32, 16]
+
+
+def test_weights_that_torch_compile_has_renamed_load(tmp_path):
+    backbone = build_backbone("vit_micro", 8, 16).eval()
+    compiled = {f"_orig_mod.{name}": value for name, value in backbone.state_dict().items()}
+    torch.save(compiled, tmp_path / "bare.pth")
+    network = {f"module._orig_mod.backbone.{name}": v for name, v in backbone.state_dict().items()}
+    torch.save({"teacher": network}, tmp_path / "full.pth")
+    for name in ("bare", "full"):
+        assert torch.equal(output(tmp_path / f"{name}.pth"), backbone(IMAGES))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_an_error_that_names_them(tmp_path, value):
+    state = build_backbone("vit_micro", 8, 16).state_dict()
+    state["blocks.1.mlp.fc1.weight"][3, 2] = value
+    torch.save(state, tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match="blocks.1.mlp.fc1.weight holds values that are not"):
+        load_backbone(tmp_path / "bare.pth")
 
 
 def test_export_is_what_others_load_and_comes_back(tmp_path):
@@ -156,7 +196,7 @@ def test_resnet50_trains_evaluates_and_has_no_attention(tmp_path, folder):
         flags = [str(tmp_path / "bare.pth"), "x.png", "--device", "cpu"]
         visualize.main(visualize.parse_args(flags))
     again = run(f"--arch resnet50 --init {last} --steps 1 --knn_every 0", tmp_path / "again")
-    assert again["architecture"] == saved["architecture"] == {"image_size": 16}
+    assert again["architecture"] == saved["architecture"] == {"image_size": 16, "trained_at": 16}
 
 
 class Evil:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import Batches, Folder, Views, load, read_image, split_folder
+from data import Batches, Folder, Views, describe_images, load, split_folder
+from decode import read_image
+from shapes import Shapes
 
 
 def test_images_of_every_mode_become_rgb(folder):
@@ -42,6 +44,52 @@ def test_splits_are_found_from_the_root_and_from_train(folder, tmp_path):
     assert (
         load(folder).classes == ["cats and dogs", "größe"] and split_folder(folder, "val") is None
     )
+
+
+@pytest.mark.parametrize(
+    "training, held_out",
+    [("Training", "Testing"), ("train", "Val"), ("TRAIN", "validation"), ("training", "Eval")],
+)
+def test_splits_are_found_in_any_case_and_by_their_other_names(folder, training, held_out):
+    (folder / "train").rename(folder / "moving")
+    (folder / "moving").rename(folder / training)
+    (folder / "val").rename(folder / "moving")
+    (folder / "moving").rename(folder / held_out)
+    for start in (folder, folder / training):
+        assert split_folder(start, "train") == folder / training
+        assert split_folder(start, "val") == folder / held_out
+        assert load(start).classes == ["cats and dogs", "größe"] and len(load(start, "val")) == 12
+
+
+def test_hidden_names_are_passed_over_and_other_files_counted(folder):
+    train = folder / "train"
+    image = Image.new("RGB", (4, 4))
+    hidden = ".ipynb_checkpoints/a.png __MACOSX/a.png größe/._photo.png größe/.b.jpg"
+    for name in hidden.split():
+        (train / name).parent.mkdir(exist_ok=True)
+        image.save(train / name)
+    images = load(train)
+    assert images.classes == ["cats and dogs", "größe"] and len(images) == 12
+    assert images.note is None
+    for name in ("a.txt", "b.txt", "c.mp4", "README"):
+        (train / "größe" / name).write_text("no image")
+    said = "passed over 4 files that are no images: 2 .txt, 1 .mp4, 1 without a suffix"
+    assert load(train).note == said or sorted(load(train).note) == sorted(said)
+
+
+def test_a_stray_image_beside_the_classes_is_named(folder):
+    Image.new("RGB", (4, 4)).save(folder / "train" / "stray.png")
+    images = load(folder)
+    assert images.labels is None
+    assert "no labels, since 'stray.png' lies beside the 2 folders" in describe_images(images)
+
+
+def test_what_was_found_is_said(folder):
+    found = f"'{folder / 'train'}': 12 images of 2 classes (cats and dogs, größe)"
+    assert describe_images(load(folder)) == found
+    text = describe_images(Shapes())
+    assert text.startswith("10000 images of 10 classes (core 0 degrees from rim, ")
+    assert text.endswith(", ...)")
 
 
 def test_a_folder_without_classes_has_no_labels(folder, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import evaluate
 import features
@@ -170,6 +171,27 @@ def test_random_crops_follow_from_seed_epoch_and_image():
     assert Crops(Torn(), [3], 16, seed=1)[0, 0][0] == -1
 
 
+@pytest.mark.parametrize("shape", [(30, 400), (400, 30), (17, 150)])
+def test_the_middle_of_a_strip_is_that_of_the_whole_resized(shape):
+    image = torch.rand(1, 3, 5, 5)
+    image = (255 * F.interpolate(image, shape, mode="bicubic").clamp(0, 1))[0].byte()
+    h, w = (side * 36 // min(shape) for side in shape)
+    whole = pil_to_tensor(to_pil_image(image).resize((w, h), Image.Resampling.BICUBIC))
+    top, left = round((h - 32) / 2), round((w - 32) / 2)
+    middle = whole[:, top : top + 32, left : left + 32].int()
+    assert (center_crop(image, 32).int() - middle).abs().max() <= 1
+
+
+def test_a_strip_takes_no_more_memory_than_its_middle_needs(monkeypatch):
+    """Resized whole, this one would have 3.8 million columns."""
+    strip = torch.randint(256, (3, 2, 30_000), dtype=torch.uint8)
+    resized = []
+    monkeypatch.setattr(features, "resize", lambda *args: resized.append(args))
+    assert center_crop(strip, 224).shape == (3, 224, 224) and not resized
+    with pytest.raises(ValueError, match="more than 65536 patches"):
+        segment.fit(strip, 68, 4)
+
+
 # ---- the linear probe ----
 
 
@@ -312,6 +334,13 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(checkpoint, mon
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ValueError, match="cannot write to .*: choose another --output"):
         run(capsys, "knn", checkpoint, "--data", "shapes")
+
+
+def test_what_is_not_a_number_is_null_in_the_line(folder, checkpoint, capsys):
+    flags = "--epochs", 4, "--lr", 1e30, "--cached", "--no-untrained"
+    run(capsys, "linear", checkpoint, "--data", folder, *flags)
+    text = (checkpoint.parent / "evaluate.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["loss"] == [None]
 
 
 def test_an_image_that_cannot_be_read_has_no_label_in_training(

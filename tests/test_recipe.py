@@ -1,11 +1,21 @@
 """The recipes, the command line and the schedules."""
 
 import math
+import os
 
 import pytest
 
+import evaluate
 import train
-from recipe import RECIPE, check, schedules, summary, teacher_temperature
+from recipe import (
+    RECIPE,
+    check,
+    default_workers,
+    schedules,
+    summary,
+    teacher_temperature,
+)
+from test_train import run
 
 
 def test_the_papers_recipe(monkeypatch):
@@ -70,6 +80,20 @@ def test_schedules_by_hand():
     assert set(center_momentum) == {0.9}
     assert frozen == (True, False, False, False, False)
     assert [schedules(step, args, 10, 512).frozen for step in (9, 10)] == [True, False]
+
+
+def test_a_last_layer_that_is_frozen_to_the_end_is_said(tmp_path, capsys):
+    run("--epochs 1 --warmup_epochs 0 --freeze_last_layer 1 --steps 1 --knn_every 0", tmp_path)
+    said = "warning: --freeze_last_layer keeps the last layer as it is for the whole run"
+    assert said in capsys.readouterr().out
+
+
+def test_workers_are_as_many_as_the_cores_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for allowed, cpu, gpu in ((1, 0, 1), (2, 0, 2), (8, 1, 8), (64, 1, 10)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(allowed)), raising=False)
+        assert (default_workers("cpu"), default_workers("cuda:0")) == (cpu, gpu)
+        assert evaluate.parse_args(["knn", "a.pth"]).workers == min(2, allowed)
 
 
 def test_teacher_temperature_by_hand():

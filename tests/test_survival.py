@@ -10,10 +10,12 @@ from unittest import mock
 import pytest
 import torch
 
-import terminal
 import train
+from backbone import build_backbone
 from conftest import ROOT, TINY
+from optimizer import build_optimizer
 from run import Run
+from shapes import Shapes
 from test_train import arguments, log, run
 
 FLAGS = "--knn_every 0 --drop_path 0.3 --save_every 3 --workers 1"
@@ -132,36 +134,10 @@ def test_a_process_that_loads_images_and_dies_ends_the_run_with_one_line(tmp_pat
     assert checkpoint(tmp_path)["step"] > 0
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        ConnectionResetError(104, "Connection reset by peer"),
-        BrokenPipeError(32, "Broken pipe"),
-        EOFError(),
-        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
-        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
-    ],
-)
-def test_every_way_in_which_a_dead_loader_shows_is_the_same_line(error, monkeypatch, capsys):
-    def fail(args):
-        raise error
-
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    with pytest.raises(SystemExit) as end:
-        terminal.run_command(fail, lambda: None)
-    assert end.value.code == f"train.py: {terminal.LOADER_DIED}"
-
-
-def test_an_error_of_our_own_in_a_loader_is_not_called_a_death(monkeypatch):
-    def fail(args):
-        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nours")
-
-    with pytest.raises(RuntimeError, match="ours"):
-        terminal.run_command(fail, lambda: None)
-
-
 @pytest.mark.parametrize("processes, number", [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
-def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, processes, number):
+def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
+    tmp_path, temporary_files, processes, number
+):
     process = start(tmp_path, 100_000, processes)
     wait_for(tmp_path, 10, process)
     os.killpg(process.pid, number)  # as a batch system does: to the loader's processes too
@@ -171,6 +147,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, processes, num
         assert process.returncode == 128 + number
     else:
         assert process.returncode != 0
+    assert not list(temporary_files.glob("pymp-*"))
     step = checkpoint(tmp_path)["step"]
     assert log(tmp_path)[-1]["step"] == step >= 10
     run(f"{FLAGS} --steps {step + 2} --batch {4 * processes}", tmp_path)  # the same global batch
@@ -258,6 +235,61 @@ def test_epochs_and_processes_may_change_with_a_note_and_kept_checkpoints_are_fe
     assert checkpoint(tmp_path / "run")["args"]["world"] == 2
     steps = [line["step"] for line in log(tmp_path / "run") if "loss" in line]
     assert steps == list(range(1, 14))
+
+
+def test_a_run_goes_on_where_its_images_have_moved_but_not_with_others(folder, tmp_path, capsys):
+    flags = "--steps {} --knn_every 0 --data {}"
+    run(flags.format(1, folder), tmp_path / "run")
+    moved = folder.rename(tmp_path / "moved")
+    run(flags.format(2, moved), tmp_path / "run")
+    assert f"at step 1, with data {folder} -> {moved}" in capsys.readouterr().out
+    (moved / "train" / "größe" / "0.png").rename(moved / "train" / "größe" / "new.png")
+    with pytest.raises(ValueError, match="12 images then, 12 now, of other names.: --accept_data"):
+        run(flags.format(3, moved), tmp_path / "run")
+    (moved / "train" / "größe" / "new.png").unlink()
+    before = (tmp_path / "run" / "last.pth").read_bytes()
+    with pytest.raises(ValueError, match="trained on other data .12 images then, 11 now"):
+        run(flags.format(3, moved), tmp_path / "run")
+    assert (tmp_path / "run" / "last.pth").read_bytes() == before
+    end = run(flags.format(3, moved) + " --accept_data", tmp_path / "run")
+    assert end["step"] == 3 and end["content"]["images"] == 11
+
+
+def test_a_second_run_in_the_same_folder_ends_in_one_line_until_the_first_is_gone(tmp_path):
+    """A kill ends the first, whose loading process may outlive it for some seconds."""
+    first = start(tmp_path, 100_000)
+    wait_for(tmp_path, 5, first)
+    with pytest.raises(ValueError, match=f"another run is writing to {tmp_path}: wait for it"):
+        run("--steps 3 --knn_every 0", tmp_path)
+    before = steps_of(tmp_path)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    run(f"{FLAGS} --steps {before[-1] + 40}", tmp_path)
+    assert steps_of(tmp_path) == list(range(1, before[-1] + 41))
+    first.communicate()
+
+
+def test_kept_checkpoints_are_rotated_by_number_and_from_the_epoch_that_was_reached(tmp_path):
+    batches = mock.Mock(rank=0, world=1, steps_per_epoch=1, total=4)
+    args = arguments("--keep 2", tmp_path)
+    network = train.Network(build_backbone("vit_micro", 8, 16), torch.nn.Identity())
+    _, scaler = build_optimizer("sgd", network, torch.device("cpu"), None)
+    state = train.State(network, network, torch.zeros(1), scaler, scaler)
+    kept = Run(args, Shapes(length=3), None, state, batches)
+    (tmp_path / "epoch-20000.pth").write_bytes(b"of a longer run")
+    for epoch in (9998, 9999, 10000, 10001):
+        kept.save(f"epoch-{epoch:04d}.pth", epoch)
+    names = {path.name for path in tmp_path.glob("epoch-*.pth")}
+    assert names == {"epoch-10000.pth", "epoch-10001.pth", "epoch-20000.pth"}
+
+
+def test_few_file_descriptors_end_in_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--workers", "1"]
+    limited = ["bash", "-c", 'ulimit -n 24; exec "$@"', "-", *command, "--output", str(tmp_path)]
+    result = subprocess.run(limited, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    error = "train.py: only 24 files may be open at once: allow 256 (ulimit -n)\n"
+    assert result.stderr == error
 
 
 def test_overwriting_does_not_undo_a_restart(tmp_path, monkeypatch, capsys):

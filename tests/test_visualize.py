@@ -16,7 +16,8 @@ import visualize
 from augment import normalize
 from backbone import build_backbone, resnet50
 from checkpoint import Loaded
-from data import load, to_tensor
+from data import load
+from decode import to_tensor
 from report import few_images
 from run import read_log
 from shapes import Shapes

@@ -85,6 +85,15 @@ def test_other_sizes_work_and_sizes_between_patches_are_refused():
         small()(torch.randn(1, 3, 16, 18))
 
 
+def test_traced_and_exported_it_gives_the_same_at_another_size_than_its_own():
+    backbone, images = small(), torch.randn(2, 3, 24, 20)
+    expected = backbone(images)
+    traced = torch.jit.trace(backbone, images, check_trace=False)
+    torch.testing.assert_close(traced(images), expected)
+    exported = torch.export.export(backbone, (images,)).module()
+    torch.testing.assert_close(exported(images), expected)
+
+
 def test_drop_path_is_the_students_alone_and_keeps_the_mean():
     block, x = vit.Block(8, 2, drop_path=0.5), torch.ones(20_000, 1, 8)
     dropped = block.train().drop(x)
