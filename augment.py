@@ -23,8 +23,6 @@ ORDERS = torch.tensor(list(permutations(range(4))))  # of the jitter's four oper
 
 
 class View(NamedTuple):
-    """A kind of view."""
-
     size: int  # its side in pixels
     scale: tuple[float, float]  # its area, as a share of the image's
     blur: float  # probability
@@ -176,7 +174,7 @@ def solarize(x):
 
 def normalize(x):
     """(x - mean) / std of ImageNet, channel by channel: [b, 3, h, w] in [0, 1] -> about [-2, 3]."""
-    return torch.stack([(x[:, c] - MEAN[c]).div_(STD[c]) for c in range(3)], 1)
+    return torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
 
 
 def indices(mask, device):

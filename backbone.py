@@ -5,7 +5,7 @@ from functools import partial
 import torch
 import torchvision
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from vit import ARCHITECTURES, ViT
 
@@ -53,25 +53,27 @@ def architecture(backbone):
     }
 
 
-def rebuild(architecture):
-    """Return the untrained backbone that architecture() describes."""
-    shape = {name: value for name, value in architecture.items() if name != "trained_at"}
+def rebuild(saved):
+    """Return the untrained backbone that a dict of architecture() describes."""
+    shape = {name: value for name, value in saved.items() if name != "trained_at"}
     backbone = ViT(**shape) if "heads" in shape else resnet50(**shape)
-    backbone.trained_at = architecture["trained_at"]
+    backbone.trained_at = saved["trained_at"]
     return backbone
 
 
 def untrained(backbone, seed=0):
     """Return the same architecture with fresh weights, for evaluation, on the same device."""
-    torch.manual_seed(seed)
     device = next(backbone.parameters()).device
-    return rebuild(architecture(backbone)).to(device).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = rebuild(architecture(backbone))
+    return fresh.to(device).eval()
 
 
 def recompute_activations(vit):
     """Let each block keep its input alone, and compute the rest again in the backward pass."""
     for block in vit.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(recomputed, block.forward, use_reentrant=False)
 
 
 def describe(backbone):

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from augment import MultiCrop, views_on
-from data import Batches, Views, load_views
+from data import Order, Samples, load_views
 from decode import read_image
 from distributed import amp_dtype, autocast, usable_device
 from evaluate import knn
@@ -71,7 +71,8 @@ def textbook_step(state, forward, batches, schedule, args, precision):
     loss = textbook.loss(s, t, state.center, args.student_temp, schedule.teacher_temp)
     loss.backward()
     set_rates(state.optimizer, schedule.lr, schedule.weight_decay)
-    textbook.update(state.student, state.teacher, state.optimizer, args.clip, schedule.momentum)
+    student, teacher, optimizer = state.student, state.teacher, state.optimizer
+    textbook.update(student, teacher, optimizer, args.clip, schedule.momentum)
     state.optimizer.zero_grad()
     update_center(state.center, batch_center(t), schedule.center_momentum)
 
@@ -164,7 +165,8 @@ def update(plain, device, args):
 
     def run():
         if plain:
-            textbook.update(*state[:2], state.optimizer, args.clip, args.momentum)
+            student, teacher, optimizer = state.student, state.teacher, state.optimizer
+            textbook.update(student, teacher, optimizer, args.clip, args.momentum)
             return
         nn.utils.clip_grad_norm_(state.student.parameters(), args.clip)
         state.optimizer.step()
@@ -266,8 +268,8 @@ def laptop(device, steps, warm_up=5):
     crop = MultiCrop(
         args.global_size, args.local_size, args.local_crops, args.global_scale, args.local_scale
     )
-    batches = Batches(len(images), args.batch, last=warm_up + steps)
-    loaded = load_views(Views(images, crop), batches, args.workers, device, bad=set())
+    batches = Order(len(images), args.batch).batches(0, warm_up + steps)
+    loaded = load_views(Samples(images, crop), batches, args.workers, device, bad=set())
     step = whole_step(False, device, args)
     for _ in range(warm_up):
         step(next(loaded))

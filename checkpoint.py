@@ -71,11 +71,12 @@ def write_whole(path, write):
         if arrived != length:
             raise OSError(f"{arrived} of {length} bytes arrived")
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch's writer turns the system's error into its own
-        if "DataLoader" in f"{error} {error.__context__}":  # a loader's death may show anywhere
-            raise
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             os.unlink(beside)
+        # torch's writer turns the system's error into one of its own
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
         reason = str(error).splitlines()[0]
         full = " (is the disk full?)" if is_full(error) else ""
         line = f"cannot write {path}{full}: {reason}; what was there before stands"
@@ -149,6 +150,8 @@ def load_backbone(source, network="teacher", heads=None):
     trained_with = checkpoint.get("args", {})
     if isinstance(trained_with, argparse.Namespace):
         trained_with = vars(trained_with)
+    if not isinstance(trained_with, dict):
+        trained_with = {}
 
     assumed = False
     try:
@@ -159,7 +162,7 @@ def load_backbone(source, network="teacher", heads=None):
         else:
             known, assumed = number_of_heads(state, trained_with)
             assumed = assumed and heads is None
-            backbone = vit_like(state, heads or known)
+            backbone = vit_from_shapes(state, heads or known)
     except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError):
         keys = ", ".join(list(state)[:4])
         raise ValueError(
@@ -221,7 +224,7 @@ def number_of_heads(state, trained_with):
     return max(1, dim // 64), True
 
 
-def vit_like(state, heads):
+def vit_from_shapes(state, heads):
     """Build a ViT from the shapes in a state dict. KeyError or the like: it is not a ViT's."""
     dim, pixels = state["patch_embed.proj.weight"].shape
     patch = math.isqrt(pixels // 3)

@@ -23,7 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from augment import views_on
 from decode import open_image, read_image, suffixes, to_tensor, upright
 from shapes import Shapes
-from terminal import outlive_signals
+from terminal import outlive_signals, say
 
 TRAINING = ("train", "training")  # what a training split's folder is called, in any case
 HELD_OUT = ("val", "valid", "validation", "eval", "test", "testing")  # the first there is
@@ -231,6 +231,7 @@ def load_both(name):
     """Open (training images, held-out images with the same classes or None)."""
     train, val = load(name, "train"), load(name, "val")
     if val is not None and val.classes != train.classes:
+        say("note: the held-out split has other classes than the training split: it is not used")
         val = None
     return train, val
 
@@ -276,11 +277,12 @@ def are_constant(images, count=100):
 # ---- samples and batches ----
 
 
-class Views(Dataset):
-    """(epoch, index) -> transform(image, generator) and the index, if the image is bad, else -1.
+class Samples(Dataset):
+    """What `transform` makes of an image: samples[epoch, index] -> *transform(image, rng), bad.
 
-    The generator follows from (seed, epoch, index) alone. An image that cannot be read is replaced
-    by the next one that can, so that a batch stays whole. ValueError: ten in a row cannot.
+    rng follows from (seed, epoch, index) alone. An image that cannot be read is replaced by the
+    next one that can, so that a batch stays whole, and bad is its index; otherwise bad is -1.
+    ValueError: ten in a row cannot be read.
     """
 
     def __init__(self, images, transform, seed=0):
@@ -288,17 +290,22 @@ class Views(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        for i in range(index, index + 10):
-            try:
-                image = self.images[i % len(self.images)]
-            except Exception:  # whatever a decoder may raise
-                continue
-            views = self.transform(image, Random(f"{self.seed} {epoch} {index}"))
-            return *views, (-1 if i == index else index)
-        first, reason = self.images.name(index), unreadable(self.images, index)
-        raise ValueError(
-            f"ten images in a row cannot be read, the first of them {first!r}: {reason}"
-        )
+        image, bad = read_or_next(self.images, index)
+        return *self.transform(image, Random(f"{self.seed} {epoch} {index}")), bad
+
+
+def read_or_next(images, index):
+    """Return (image, -1), or for one that cannot be read (the next one that can, index).
+
+    ValueError: ten in a row cannot be read.
+    """
+    for i in range(index, index + 10):
+        try:
+            return images[i % len(images)], -1 if i == index else index
+        except Exception:  # whatever a decoder may raise
+            continue
+    first, reason = images.name(index), unreadable(images, index)
+    raise ValueError(f"ten images in a row cannot be read, the first of them {first!r}: {reason}")
 
 
 def unreadable(images, index):
@@ -310,36 +317,33 @@ def unreadable(images, index):
     return None
 
 
-class Batches:
-    """A batch sampler: the (epoch, index) of each of a process's batches, from (seed, step) alone.
+class Order:
+    """In what order a process sees `length` images; it follows from (seed, step) alone.
 
-    A step takes `accumulate` batches from each process. Together they are the next slice of the
-    epoch's permutation, whatever the number of processes. first, last: the steps to go through.
+    A step takes `accumulate` batches from each of `world` processes. Together they are the next
+    slice of the epoch's permutation, whatever the number of processes.
     """
 
-    def __init__(self, length, batch, accumulate=1, rank=0, world=1, seed=0, first=0, last=None):
+    def __init__(self, length, batch, accumulate=1, rank=0, world=1, seed=0):
         self.length, self.batch, self.accumulate = length, batch, accumulate
         self.rank, self.world, self.seed = rank, world, seed
-        self.first, self.last = first, last
-        self.total = batch * accumulate * world
-        if length < self.total:
+        self.global_batch = batch * accumulate * world
+        if length < self.global_batch:
             raise ValueError(
-                f"{length} images are fewer than a global batch of {self.total}: "
+                f"{length} images are fewer than a global batch of {self.global_batch}: "
                 "lower --batch or --accumulate"
             )
-        self.steps_per_epoch = length // self.total
+        self.steps_per_epoch = length // self.global_batch
 
-    def __len__(self):
-        return (self.last - self.first) * self.accumulate
-
-    def __iter__(self):
-        for step in range(self.first, self.last):
+    def batches(self, first, last):
+        """Yield this process's batches, [(epoch, index), ...], of the steps from first to last."""
+        for step in range(first, last):
             epoch, i = divmod(step, self.steps_per_epoch)
-            if i == 0 or step == self.first:
-                order = self.permutation(epoch)
+            if i == 0 or step == first:
+                images = self.permutation(epoch)
             for micro in range(self.accumulate):
-                start = i * self.total + (micro * self.world + self.rank) * self.batch
-                yield [(epoch, index) for index in order[start : start + self.batch].tolist()]
+                start = i * self.global_batch + (micro * self.world + self.rank) * self.batch
+                yield [(epoch, index) for index in images[start : start + self.batch].tolist()]
 
     def permutation(self, epoch):
         seed = Random(f"{self.seed} {epoch}").getrandbits(63)
@@ -347,9 +351,10 @@ class Batches:
 
 
 def load_views(samples, batches, workers, device, bad):
-    """Yield each batch as the networks see it; add the indices of what cannot be read to bad.
+    """Yield each batch as the networks see it; add the indices of what cannot be read to `bad`.
 
-    samples: Views of MultiCrop. Yields [2, b, 3, g, g] and [v - 2, b, 3, l, l] on the device.
+    samples: Samples of MultiCrop. batches: Order.batches(). Yields [2, b, 3, g, g] and
+    [v - 2, b, 3, l, l] on the device.
     """
     loader = DataLoader(
         samples,

@@ -57,6 +57,7 @@ def read_image(file):
 def open_image(file):
     """Open and decode an image file, whatever its metadata."""
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             image = Image.open(file)
@@ -106,10 +107,12 @@ def to_tensor(image):
 
 def upright(image):
     """Turn an image as its EXIF says; if that cannot be read, it stays."""
-    try:
-        turn = TURNS.get(image.getexif().get(0x0112))
-    except Exception:  # whatever odd fields may raise
-        turn = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd fields
+        try:
+            turn = TURNS.get(image.getexif().get(0x0112))
+        except Exception:  # whatever they may raise
+            turn = None
     return image if turn is None else image.transpose(turn)
 
 

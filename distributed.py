@@ -137,7 +137,7 @@ def parallel(module, device, world):
 
 
 def synchronised(module, now):
-    """A context in which backward averages the gradients over processes; not now: it waits."""
+    """A context in which backward averages the gradients over processes, if it is to do so now."""
     if isinstance(module, DistributedDataParallel) and not now:
         return module.no_sync()
     return nullcontext()

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from backbone import trained_at
 from checkpoint import write_whole
-from data import Batches, load
+from data import Order, load
 from distributed import amp_dtype, in_turn
 from features import Crops, Extraction, extract, represent
 from protocol import add_flags, check_positive, run_protocol
@@ -178,8 +178,8 @@ def score(heads, x, labels):
     """
     right1, right5, loss = 0, 0, 0
     classes = heads.shape[1]
-    for x, target in zip(x.split(1024), labels.split(1024)):
-        logits = head_logits(x, heads)
+    for part, target in zip(x.split(1024), labels.split(1024)):
+        logits = head_logits(part, heads)
         best = logits.topk(min(5, classes)).indices == target[:, None]  # [s, m, 5]
         known = target.where(target < classes, -1)
         right1 = right1 + best[..., 0].sum(1).cpu().double()
@@ -199,41 +199,41 @@ def probe(backbone, train, val, how, args):
     if args.cached:
         bank, targets = labelled_features(backbone, train, how)
     else:
-        chosen = choose_labelled(train.labels)
-        targets = torch.tensor([train.labels[i] for i in chosen], device=x.device)
+        indices = choose_labelled(train.labels)
+        targets = torch.tensor([train.labels[i] for i in indices], device=x.device)
 
     batch = max(1, min(args.batch, len(targets) // how.world))
-    order = Batches(len(targets), batch, 1, how.rank, how.world, args.seed)
-    order.last = args.epochs * order.steps_per_epoch
+    order = Order(len(targets), batch, 1, how.rank, how.world, args.seed)
+    steps = args.epochs * order.steps_per_epoch
     if args.cached:
-        batches = cached_batches(bank, targets, order)
+        batches = cached_batches(bank, targets, order.batches(0, steps))
     else:
-        crops = Crops(train, chosen, trained_at(backbone), args.seed)
-        batches = random_batches(backbone, crops, targets, order, how)
-    rates = [rate * order.total / 256 for rate in args.lr]
+        crops = Crops(train, indices, trained_at(backbone), args.seed)
+        batches = random_batches(backbone, crops, targets, order.batches(0, steps), how)
+    rates = [rate * order.global_batch / 256 for rate in args.lr]
     classes = len(train.classes)
-    heads = fit_heads(batches, order.last, rates, classes, x.shape[1], x.device, how.world)
+    heads = fit_heads(batches, steps, rates, classes, x.shape[1], x.device, how.world)
     return heads, score(heads, x, labels)
 
 
-def cached_batches(bank, targets, order):
+def cached_batches(bank, targets, batches):
     """Yield batches of features that have been extracted once."""
-    for keys in order:
+    for keys in batches:
         n = torch.tensor([n for _, n in keys], device=bank.device)
         yield bank[n], targets[n]
 
 
-def random_batches(backbone, crops, targets, order, how):
+def random_batches(backbone, crops, targets, batches, how):
     """Yield batches of features of random crops; an image that cannot be read has label -1."""
     pin = how.device.type == "cuda"
-    loader = DataLoader(crops, batch_sampler=order, num_workers=how.workers, pin_memory=pin)
+    loader = DataLoader(crops, batch_sampler=batches, num_workers=how.workers, pin_memory=pin)
     for n, crop in loader:
         n = n.to(how.device)
         yield represent(backbone, crop, how), targets[n].where(n >= 0, -1)
 
 
 def probe_tokens(backbone, args):
-    """Which tokens the probe sees: {"last": how many blocks' class tokens, "mean_patches": ...}.
+    """Choose the tokens that the probe sees: {"last": ..., "mean_patches": ...}, as in Extraction.
 
     The paper takes the last four blocks' class tokens for ViT-S; for ViT-B the last one's and its
     mean patch token. So do we for a ViT with fewer than four blocks, which the paper lacks.
@@ -280,11 +280,10 @@ def evaluate_linear(args, subject):
     )
     header = f"{'lr':>7}  {'top-1 %':>8}  {'top-5 %':>8}  {'loss':>6}"
     say(header + ("  untrained %" if beside else ""))
+    untrained_top1 = results["untrained"][1][0].tolist() if beside else []
     for i, rate in enumerate(args.lr):
         line = f"{rate:7g}  {top1[i]:8.1f}  {top5[i]:8.1f}  {loss[i]:6.3f}"
-        if beside:
-            line += f"  {results['untrained'][1][0][i]:11.1f}"
-        say(line)
+        say(line + "".join(f"  {value:11.1f}" for value in untrained_top1[i : i + 1]))
 
     best = top1.argmax().item()
     path = subject.folder / "linear.pth"
@@ -293,7 +292,7 @@ def evaluate_linear(args, subject):
     figures = {"epochs": args.epochs, "cached": args.cached, **kind, "lr": args.lr}
     figures |= {"top1": top1.tolist(), "top5": top5.tolist(), "loss": loss.tolist()}
     if beside:
-        figures["untrained"] = results["untrained"][1][0].tolist()
+        figures["untrained"] = untrained_top1
     return figures
 
 

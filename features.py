@@ -102,9 +102,9 @@ def represent(backbone, crops, how):
 def extract(backbone, images, indices, how):
     """Return the features of the given images' central crops: ([n, d] float32, indices).
 
-    The second are the n of the given indices that could be read, in the order given. If several
-    processes call together, each reads its share and all get the whole. ValueError: no image can be
-    read.
+    The indices returned are those of the n images that could be read, in the order given. If
+    several processes call together, each reads its share and all get the whole. ValueError: no
+    image can be read.
     """
     path = None
     if how.cache:
@@ -119,9 +119,9 @@ def extract(backbone, images, indices, how):
     start, training, done = time.monotonic(), backbone.training, 0
     backbone.eval()
     share = [(0, n) for n in range(how.rank, len(indices), how.world)]
-    crops = Crops(images, indices, trained_at(backbone))
+    dataset = Crops(images, indices, trained_at(backbone))
     pin = how.device.type == "cuda"
-    loader = DataLoader(crops, how.batch, sampler=share, num_workers=how.workers, pin_memory=pin)
+    loader = DataLoader(dataset, how.batch, sampler=share, num_workers=how.workers, pin_memory=pin)
     for n, crops in loader:
         good = n[n >= 0].to(how.device)
         out[good] = represent(backbone, crops[n >= 0], how)

@@ -83,8 +83,8 @@ def write_gif(pictures, path):
             if i == 0:
                 header, _ = GifImagePlugin.getheader(picture, info={"loop": 0})
                 file.writelines(header)
-            time = round(duration, -1)
-            data = GifImagePlugin.getdata(picture, duration=time, include_color_table=True)
+            rounded = round(duration, -1)  # a GIF counts hundredths of a second
+            data = GifImagePlugin.getdata(picture, duration=rounded, include_color_table=True)
             file.writelines(data)
         file.write(b";")
 

@@ -13,12 +13,12 @@ from torch import nn
 class WeightNormLinear(nn.Module):
     """y = x W^T, where each row of W is g v / ||v||.
 
-    norm_fixed keeps every g at 1, which is steadier (the reference code's norm_last_layer).
+    norm_last_layer keeps every g at 1, which is steadier; the name is the reference code's.
     """
 
-    def __init__(self, in_dim, out_dim, norm_fixed=True):
+    def __init__(self, in_dim, out_dim, norm_last_layer=True):
         super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_fixed)
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last_layer)
         self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
         # as in nn.Linear: the length of v sets how fast a prototype turns
         nn.init.uniform_(self.weight_v, -(in_dim**-0.5), in_dim**-0.5)
@@ -46,5 +46,4 @@ class DINOHead(nn.Module):
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, norm_last_layer)
 
     def forward(self, x):
-        x = F.normalize(self.mlp(x), dim=-1)
-        return self.last_layer(x)
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))

@@ -26,17 +26,16 @@ def dino_loss(student, teacher, center, student_temp, teacher_temp):
 
     H(a, b) = -sum_k a_k log b_k, Eq. 2. Returns a scalar, in nats.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        p_t = teacher_probabilities(teacher, center, teacher_temp)
-        total, pairs = 0.0, 0
-        for j, logits in enumerate(student.unbind()):
-            log_p_s = F.log_softmax(logits.float() / student_temp, dim=-1)
-            for i in range(len(p_t)):
-                if i == j:  # the same view of the image: skipped
-                    continue
-                total = total - (p_t[i] * log_p_s).sum(-1).mean()
-                pairs += 1
-        return total / pairs
+    p_t = teacher_probabilities(teacher, center, teacher_temp)
+    total, pairs = 0.0, 0
+    for j, logits in enumerate(student.unbind()):
+        log_p_s = F.log_softmax(logits.float() / student_temp, dim=-1)  # Eq. 1 for the student
+        for i in range(len(p_t)):
+            if i == j:  # the same view of the image: skipped
+                continue
+            total = total - (p_t[i] * log_p_s).sum(-1).mean()  # Eq. 2
+            pairs += 1
+    return total / pairs
 
 
 def batch_center(teacher):

@@ -22,7 +22,7 @@ def build_optimizer(name, network, device, dtype):
 
 
 def parameter_groups(network):
-    """Split what is trained: matrices decay, biases and norms do not."""
+    """Split what is trained: tensors of two or more dimensions decay, biases and norms do not."""
     trained = [p for p in network.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "decays": True},

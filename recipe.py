@@ -28,10 +28,7 @@ RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
     "out_dim": (65536, 256, "K, the outputs of the head"),
     "hidden_dim": (2048, 256, "width of the head's hidden layers"),
     "bottleneck_dim": (256, 64, "width of the head's bottleneck"),
-    "norm_last_layer": (
-        *(True, True),
-        "fix the norm g of the last layer's rows at 1 (the 300-epoch runs: --no-norm_last_layer)",
-    ),
+    "norm_last_layer": (True, True, "keep g of the last layer at 1 (300-epoch runs: do not)"),
     # teacher and loss
     "student_temp": (0.1, 0.1, "tau_s"),
     "teacher_temp": (0.04, 0.02, "tau_t after its warm-up (the 300-epoch runs: 0.07)"),
@@ -84,17 +81,16 @@ GROUPS = {  # how summary() arranges the configuration
 }
 
 
-# ---- the four schedules: pure functions of the step ----
+# ---- the schedules: pure functions of the step ----
 
 
 class Schedule(NamedTuple):
-    """What changes from step to step."""
+    """What changes from step to step: the four schedules, and whether the last layer is frozen."""
 
     lr: float
     weight_decay: float
     momentum: float  # the teacher's lambda
     teacher_temp: float  # tau_t
-    center_momentum: float  # m of Eq. 4, constant
     frozen: bool  # whether the head's last layer stays as it is
 
 
@@ -130,7 +126,6 @@ def schedules(step, args, steps_per_epoch, global_batch):
         weight_decay=cosine(progress, args.weight_decay, args.weight_decay_end),
         momentum=cosine(progress, args.momentum, 1.0),
         teacher_temp=args.student_temp if args.no_sharpening else teacher_temp,
-        center_momentum=1.0 if args.no_centering else args.center_momentum,
         frozen=epoch < args.freeze_last_layer,
     )
 
@@ -276,11 +271,18 @@ def default_output(args):
 
 
 def summary(args):
-    """The configuration as a few lines, one for each of GROUPS; what is left unset is left out."""
+    """The configuration as a few lines, one for each of GROUPS.
+
+    What is not given (None) and an ablation that is off are left out.
+    """
     lines = []
     for group, names in GROUPS.items():
-        values = [(name, getattr(args, name)) for name in names.split()]
-        given = [f"{n} {shown(v)}" for n, v in values if v not in (None, "") and v is not False]
+        given = []
+        for name in names.split():
+            value = getattr(args, name)
+            if value is None or (value is False and name not in RECIPE):
+                continue
+            given.append(f"{name} {shown(value)}")
         lines.append(f"{group:9}  {', '.join(given)}")
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ import time
 import torch
 
 from backbone import untrained
-from data import Views, are_constant, describe_images
+from data import are_constant, describe_images, read_or_next
 from distributed import in_turn, mean_over_processes
 from evaluate import knn_of
 from features import Extraction
@@ -38,14 +38,14 @@ def before_training(run):
         keep_attention(run, 0)
 
 
-def after_step(run, done, schedule, watched, norm):
+def after_step(run, done, schedule, figures, grad_norm):
     """Log, watch, test, save and stop, as the run's arguments say, after `done` steps.
 
-    watched: the loss and the two entropies of loss.entropies(), [3]; norm: the gradient's. Only
+    figures, grad_norm: what train_step() returns. Only
     where something is logged or saved does the host wait for the device.
     """
     args, output = run.args, run.args.output
-    run.norms.append(norm)
+    run.norms.append(grad_norm)
     keep_attention(run, done)
 
     epoch, ended = done / run.steps_per_epoch, done % run.steps_per_epoch == 0
@@ -55,14 +55,14 @@ def after_step(run, done, schedule, watched, norm):
     saves = saves or (args.save_every and done % args.save_every == 0)
     if logs or saves:
         run.check_images()
-        loss, entropy, mean_entropy = mean_over_processes(watched, run.world).tolist()
+        loss, entropy, mean_entropy = mean_over_processes(figures, run.world).tolist()
         norms = torch.stack(run.norms).tolist()
         skipped = run.check_finite(done, loss, norms)
     if logs:
         kl = loss - entropy
-        figures = dict(loss=loss, entropy=entropy, mean_entropy=mean_entropy, kl=kl)
+        watched = dict(loss=loss, entropy=entropy, mean_entropy=mean_entropy, kl=kl)
         gradient = dict(grad_norm=norms[-1], skipped=len(skipped))
-        run.log(step=done, epoch=epoch, **figures, **schedule._asdict(), **gradient)
+        run.log(step=done, epoch=epoch, **watched, **schedule._asdict(), **gradient)
         run.watch(epoch, entropy, mean_entropy, kl)
         run.progress(done, loss, entropy)
         run.norms.clear()
@@ -83,12 +83,11 @@ def after_step(run, done, schedule, watched, norm):
 
 def test_knn(run, step):
     """Log the k-NN accuracy (k = 20) of teacher and student, on a part of the labelled images."""
-    in_turn(lambda: test_knn_alone(run, step))
+    if run.images.labels and run.args.knn_every:
+        in_turn(lambda: compare_neighbours(run, step) if run.main else None)
 
 
-def test_knn_alone(run, step):
-    if not (run.main and run.images.labels and run.args.knn_every):
-        return
+def compare_neighbours(run, step):
     how = Extraction(run.state.center.device, workers=run.args.workers)
     limits = run.args.knn_bank, 1000
 
@@ -112,14 +111,12 @@ def few_images(images, count=4):
 
     In the place of one that cannot be read stands the next that can.
     """
-
-    def part(image, rng):
+    count, few = min(count, len(images)), []
+    for i in range(count):
+        image, _ = read_or_next(images, i * len(images) // count)
         h, w = image.shape[1:]
-        return (image[:, : 3 * w, : 3 * h],)
-
-    views = Views(images, part)
-    count = min(count, len(images))
-    return [views[0, i * len(images) // count][0] for i in range(count)]
+        few.append(image[:, : 3 * w, : 3 * h])
+    return few
 
 
 def keep_attention(run, step):

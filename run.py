@@ -26,7 +26,8 @@ FREE = set(  # the arguments that resuming may change; the rest is the configura
     "log_every save_every keep_every keep knn_every knn_bank".split()
 )
 PARTS = ("student", "teacher", "optimizer", "scaler")  # of the state, each with a state dict
-NOTED = ("data", "epochs", "world", "batch", "accumulate")  # may change too, and the run says so
+# May change too, and the run says so; the global batch, in steps, must stay.
+NOTED = ("data", "epochs", "world", "batch", "accumulate")
 
 
 def read_log(path):
@@ -48,16 +49,16 @@ class Run:
     """One training run: its arguments, its images, its state, and the folder args.output.
 
     images, val: the training images, and held-out ones with the same labels, or None.
-    state: train.State, what training changes. batches: data.Batches. dtype: of autocast, or None.
+    state: train.State, what training changes. order: data.Order. dtype: of autocast, or None.
     """
 
-    def __init__(self, args, images, val, state, batches, dtype=None):
+    def __init__(self, args, images, val, state, order, dtype=None):
         self.args, self.images, self.val = args, images, val
         self.state, self.dtype = state, dtype
-        self.world, self.main = batches.world, batches.rank == 0
-        self.steps_per_epoch, self.global_batch = batches.steps_per_epoch, batches.total
+        self.world, self.main = order.world, order.rank == 0
+        self.steps_per_epoch, self.global_batch = order.steps_per_epoch, order.global_batch
         self.total = args.epochs * self.steps_per_epoch  # steps in all
-        self.first = self.last = 0  # the steps of this process's share: set by resume()
+        self.first = self.last = 0  # the steps from and to which to train: set by resume()
         self.bad, self.named = set(), set()  # images that cannot be read; those already named
         self.norms = []  # of the gradients since the last line of the log
         self.collapsed = 0  # lines of the log since the output collapsed
@@ -90,7 +91,8 @@ class Run:
         anew = self.args.overwrite and not restarted
         if path.exists() and not anew:
             self.load(path)
-        if agree(self.first) != -agree(-self.first):
+        latest, earliest = agree(self.first), -agree(-self.first)
+        if latest != earliest:
             raise ValueError(
                 f"the processes find different checkpoints at {path}: "
                 "--output must lie on a file system that all machines share"
@@ -233,9 +235,10 @@ class Run:
             )
 
     def watch(self, epoch, entropy, mean_entropy, kl, patience=20):
-        """Warn when the output has been collapsed for so many lines of the log after the warm-up.
+        """Warn when the output has been collapsed for `patience` lines of the log in a row.
 
-        The signs are those of section 5.3 and Figure 7. ValueError: --stop_on_collapse.
+        Lines from the warm-up do not count. The signs are those of section 5.3 and Figure 7.
+        ValueError: --stop_on_collapse.
         """
         uniform = math.log(self.args.out_dim)
         if entropy > 0.99 * uniform and kl < 0.01 * uniform:

@@ -47,8 +47,8 @@ def keep_mass(maps, mass=0.6):
     """[..., h, w] -> bool: the fewest patches that hold the given share of each map (Figure 4)."""
     flat = rearrange(maps, "... h w -> ... (h w)").cpu().double()  # not every device has float64
     value, order = flat.sort(-1, descending=True)
-    before = value.cumsum(-1) - value  # what the larger ones hold
-    kept = before < mass * value.sum(-1, keepdim=True)
+    held_by_larger = value.cumsum(-1) - value
+    kept = held_by_larger < mass * value.sum(-1, keepdim=True)
     kept = torch.zeros_like(kept).scatter(-1, order, kept)
     return rearrange(kept, "... (h w) -> ... h w", h=maps.shape[-2]).to(maps.device)
 
@@ -67,7 +67,7 @@ def attend(backbone, image, short=None):
 
     The image is resized to the short side given (default: usual_size) and its last patches are
     filled up with the edge's pixels. Returns (maps, (y, x)), where y and x are the share of the
-    maps that the image covers. ValueError: more patches than fit into memory.
+    maps that the image covers. ValueError: it has more than MOST_PATCHES.
     """
     patch = backbone.patch
     h, w = fitted_size(image, short or usual_size(backbone), patch)
@@ -92,10 +92,10 @@ def jaccard(masks, objects, void):
     return intersection / union
 
 
-def fit(image, short, patch):
+def fit_to_patches(image, short, patch):
     """Resize uint8 [c, h, w] to a short side near short, and crop each side to whole patches.
 
-    ValueError: more patches than fit into memory.
+    ValueError: it has more than MOST_PATCHES.
     """
     h, w = fitted_size(image, short, patch)
     h, w = max(patch, h), max(patch, w)
@@ -106,7 +106,7 @@ def fit(image, short, patch):
 def fitted_size(image, short, patch):
     """Return (height, width) of an image [c, h, w] with its short side at so many pixels.
 
-    ValueError: more patches than fit into memory.
+    ValueError: it has more than MOST_PATCHES.
     """
     scale = short / min(image.shape[1:])
     h, w = (max(1, round(side * scale)) for side in image.shape[1:])
@@ -127,13 +127,13 @@ def read_objects(images, i, short, patch):
         image, numbers = images[i], images.mask(i)
         if numbers is None:
             return None
-        image = fit(image, short, patch)
+        image = fit_to_patches(image, short, patch)
         present = [number for number in numbers.unique().tolist() if 0 < number < 255]
-        masks = [numbers == number for number in (255, *present)]
-        void, *objects = fit(255 * torch.stack(masks).byte(), short, patch) > 127
+        masks = torch.stack([numbers == number for number in (255, *present)])
+        masks = fit_to_patches(255 * masks.byte(), short, patch) > 127
     except Exception:  # whatever a decoder may raise
         return None
-    return (image, torch.stack(objects), void) if objects else None
+    return (image, masks[1:], masks[0]) if present else None
 
 
 def attention_masks(networks, images, device, short, mass=0.6, rank=0, world=1):
@@ -142,7 +142,7 @@ def attention_masks(networks, images, device, short, mass=0.6, rank=0, world=1):
     It is the mean over objects. The first column takes each object's best head, the others are one
     head's each. Images are fit to whole patches near short pixels, objects like them; images
     without objects are left out.
-    ValueError: all are.
+    ValueError: no image shows an object.
     """
     heads, start = networks[0].heads, time.monotonic()
     sums = torch.zeros(len(images), len(networks), 1 + heads, dtype=torch.float64)
@@ -187,8 +187,9 @@ def evaluate_masks(args, subject):
     images = in_turn(lambda: load(subject.data, "val") or load(subject.data, "train"))
     networks = subject.networks(args.untrained)
     short = args.size or usual_size(subject.backbone)
+    rank, world = subject.rank, subject.world
     means, objects, used = attention_masks(
-        list(networks.values()), images, subject.device, short, args.mass, *subject[-2:]
+        list(networks.values()), images, subject.device, short, args.mass, rank, world
     )
     if used < len(images):
         left = len(images) - used
@@ -197,8 +198,8 @@ def evaluate_masks(args, subject):
         f"{subject.data}: {objects} objects in {used} images at {short} pixels, "
         f"{100 * args.mass:g} % of the attention; Jaccard index in %"
     )
-    heads = "".join(f"  {f'head {i}':>7}" for i in range(subject.backbone.heads))
-    say(f"{'':9}  {'best head':>9}{heads}")
+    titles = [f"head {i + 1}" for i in range(subject.backbone.heads)]
+    say(f"{'':9}  {'best head':>9}" + "".join(f"  {title:>7}" for title in titles))
     for name, (best, *single) in zip(networks, means.tolist()):
         say(f"{name:9}  {best:9.1f}" + "".join(f"  {one:7.1f}" for one in single))
 

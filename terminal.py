@@ -22,18 +22,15 @@ STOP_SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
 ]
 RECEIVED = []  # the signals that have asked this process to stop
-LOADER_DIED = (
-    "a process that loads images was killed (often for its memory: lower --workers); "
-    "the same command goes on from the last checkpoint"
-)
+LOADER_DIED = "a process that loads images was killed (often for its memory: lower --workers)"
+GOES_ON = "; the same command goes on from the last checkpoint"  # said of train.py
 REASONS = {  # what torch's errors say -> what that means here
     r"shared memory|\bshm\b|/torch_\d+": "the shared memory (/dev/shm) that loading processes need "
     "is full: lower --workers (0 needs none), or enlarge it (docker run --shm-size)",
     "[Tt]oo many open files": "too many open files: lower --workers, or allow more (ulimit -n)",
     r"DataLoader worker \(pid": LOADER_DIED,
     r"C\+\+ compiler|[Cc]ompiler: .* not found": "--compile needs a C++ compiler, and finds none",
-    "peer|gloo|NCCL": "another process of this run died or hangs; "
-    "the same command goes on from the last checkpoint",
+    "Connection closed by peer|gloo|NCCL": "another process of this run died or hangs",
 }
 OUT_OF_MEMORY = "allocate memory|out of memory"
 _last_status = [0.0]
@@ -54,9 +51,14 @@ def clear_status():
 
 def say(line, file=None):
     """Print a line, in the first process alone."""
-    if first_process():
-        clear_status()
+    if not first_process():
+        return
+    clear_status()
+    try:
         print(line, file=file, flush=True)
+    except BrokenPipeError:  # nobody reads on, as in `command | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def status(line, every=10):
@@ -124,13 +126,15 @@ def explain(error, args):
 
     A loader's process that died shows as a RuntimeError of torch's, or as a broken connection.
     """
+    goes_on = GOES_ON if hasattr(args, "overwrite") else ""
     if isinstance(error, (ConnectionError, EOFError)):
-        return LOADER_DIED
+        return LOADER_DIED + goes_on
     text = f"{error} {error.__context__}"
     if isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, text):
         return f"out of memory: {less_memory(args)}"
     if isinstance(error, RuntimeError):
-        return next((why for pattern, why in REASONS.items() if re.search(pattern, text)), None)
+        found = [why for pattern, why in REASONS.items() if re.search(pattern, text)]
+        return found[0] + goes_on if found else None
     lines = str(error).splitlines() or [repr(error)]
     return re.sub(r"^[A-Za-z]+Error: ", "", lines[-1])  # an error in a loader ends its traceback
 

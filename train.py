@@ -19,7 +19,6 @@ step (the log, checkpoints, tests, pictures) is in report.py.
 
 import copy
 import math
-from functools import partial
 from random import Random
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ import recipe
 from augment import MultiCrop
 from backbone import build_backbone, recompute_activations
 from checkpoint import start_from
-from data import Batches, Views, load_both, load_views
+from data import Order, Samples, load_both, load_views
 from distributed import amp_dtype, autocast, in_turn, parallel, processes, synchronised
 from head import DINOHead
 from loss import batch_center, dino_loss, entropies, update_center
@@ -67,19 +66,19 @@ class State(NamedTuple):
     scaler: torch.amp.GradScaler
 
 
-def train_step(state, forward, batches, schedule, args, precision):
+def train_step(state, forward, loader, schedule, args, precision):
     """Take one step of Algorithm 1.
 
-    forward: the student, as DDP or torch.compile has wrapped it. batches: yields the views of the
-    next images, [2, b, 3, g, g] and [v - 2, b, 3, l, l], args.accumulate times a step.
-    Returns the loss and the entropies of loss.entropies(), [3], and the gradient's norm.
+    forward: the student, as DDP or torch.compile has wrapped it. loader: yields the views of the
+    next images, [2, b, 3, g, g] and [v - 2, b, 3, l, l]; a step takes args.accumulate of them.
+    Returns [loss, two entropies], as in loss.entropies(), and the norm of the clipped gradient.
     """
     student, teacher, center, optimizer, scaler = state
-    watched, mean = 0.0, 0.0
+    figures, batch_mean = 0.0, 0.0
 
     for micro in range(args.accumulate):
-        views = next(batches)
-        with synchronised(forward, now=micro == args.accumulate - 1):
+        views = next(loader)
+        with synchronised(forward, now=micro + 1 == args.accumulate):
             # The teacher sees the two global views, the student all views.
             with precision:
                 with torch.inference_mode():
@@ -91,25 +90,25 @@ def train_step(state, forward, batches, schedule, args, precision):
             del s  # backward does not need it, and for a large K it is large
             scaler.scale(loss / args.accumulate).backward()
 
-        mean += batch_center(t) / args.accumulate
-        figures = [loss.detach(), *entropies(t, center, schedule.teacher_temp)]
-        watched += torch.stack(figures) / args.accumulate
+        batch_mean += batch_center(t) / args.accumulate
+        watched = [loss.detach(), *entropies(t, center, schedule.teacher_temp)]
+        figures += torch.stack(watched) / args.accumulate
 
     # Update the student; in the first epoch its last layer stays as it is.
     scaler.unscale_(optimizer)
     if schedule.frozen:
         for p in student.head.last_layer.parameters():
             p.grad = None
-    norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip or math.inf)
-    set_rates(optimizer, schedule.lr, schedule.weight_decay)
+    grad_norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip or math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
 
     # Update the teacher, then the centre (Eq. 4).
     update_teacher(teacher, student, schedule.momentum)
-    update_center(center, mean, schedule.center_momentum)
-    return watched, norm
+    if not args.no_centering:
+        update_center(center, batch_mean, args.center_momentum)
+    return figures, grad_norm
 
 
 @torch.no_grad()
@@ -144,7 +143,7 @@ def build_networks(args, device, world):
 def train(args, device, rank, world):
     # Images, and in what order the processes see them.
     images, val = in_turn(lambda: load_both(args.data))
-    batches = Batches(len(images), args.batch, args.accumulate, rank, world, args.seed)
+    order = Order(len(images), args.batch, args.accumulate, rank, world, args.seed)
 
     # Student, teacher, centre and optimiser; a run that was stopped goes on from its checkpoint.
     dtype = amp_dtype(args.amp, device)
@@ -152,27 +151,31 @@ def train(args, device, rank, world):
     center = torch.zeros(args.out_dim, device=device)
     optimizer, scaler = build_optimizer(args.optimizer, student, device, dtype)
     state = State(student, teacher, center, optimizer, scaler)
-    run = Run(args, images, val, state, batches, dtype)
+    run = Run(args, images, val, state, order, dtype)
     run.resume()
-    batches.first, batches.last = run.first, run.last
-    forward = parallel(torch.compile(student) if args.compile else student, device, world)
+    forward = torch.compile(student) if args.compile else student
+    forward = parallel(forward, device, world)
 
     crop = MultiCrop(
         args.global_size, args.local_size, args.local_crops, args.global_scale, args.local_scale
     )
-    views = load_views(Views(images, crop, args.seed), batches, args.workers, device, run.bad)
+    batches = order.batches(run.first, run.last)
+    loader = load_views(Samples(images, crop, args.seed), batches, args.workers, device, run.bad)
     before_training(run)
     listen()
     for step in range(run.first, run.last):
         # What drop path draws follows from the step and the process alone.
         torch.manual_seed(Random(f"{args.seed} {step} {rank}").getrandbits(63))
-        schedule = schedules(step, args, batches.steps_per_epoch, batches.total)
-        watched, norm = train_step(state, forward, views, schedule, args, autocast(device, dtype))
-        after_step(run, step + 1, schedule, watched, norm)
+        schedule = schedules(step, args, order.steps_per_epoch, order.global_batch)
+        set_rates(optimizer, schedule.lr, schedule.weight_decay)
+        precision = autocast(device, dtype)
+        figures, grad_norm = train_step(state, forward, loader, schedule, args, precision)
+        after_step(run, step + 1, schedule, figures, grad_norm)
     finish(run)
 
 
-parse_args = partial(recipe.parse_args, __doc__)
+def parse_args(argv=None):
+    return recipe.parse_args(__doc__, argv)
 
 
 def main(args):

@@ -283,6 +283,8 @@ def place_for(path, source, ending, output, written):
 def draw_source(backbone, source, args, written):
     """Draw an image, each image of a folder, or a film."""
     if is_film(source) or (args.fps and source.is_dir()):
+        if args.panels or len(args.size) > 1:
+            raise ValueError("of a film neither --panels nor several --size can be drawn")
         place = place_for(source, source, ".gif", args.output, written)
         film = frames(source, args.fps)
         write_gif(side_by_side(backbone, film, args.size[0], args.mass, args.smooth), place)
@@ -301,6 +303,8 @@ def draw_source(backbone, source, args, written):
 
 def main(args):
     log = Path(args.checkpoint, "log.jsonl")
+    if log.is_file() and args.images:
+        raise ValueError(f"to draw attention name the run's checkpoint, {log.parent / 'last.pth'}")
     if log.is_file():
         redraw_curves(log, args.output)
         return

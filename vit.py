@@ -52,7 +52,8 @@ class Attention(nn.Module):
         """Return q [b, heads, queries, d / heads], and k and v [b, heads, n, d / heads]."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         parts = q[:, :queries], k, v
-        return [rearrange(p, "b n (heads d) -> b heads n d", heads=self.heads) for p in parts]
+        by_head = "b n (heads d) -> b heads n d"
+        return [rearrange(part, by_head, heads=self.heads) for part in parts]
 
     def forward(self, x, queries=None):
         q, k, v = self.split(x, queries)
@@ -112,7 +113,7 @@ class ViT(nn.Module):
     def __init__(self, patch=16, dim=384, depth=12, heads=6, image_size=224, drop_path=0.0):
         super().__init__()
         if image_size % patch or dim % heads:
-            raise ValueError(f"{patch} must divide the size {image_size}, {heads} the width {dim}")
+            raise ValueError(f"patch {patch} / image {image_size}, {heads} heads / width {dim}")
         self.patch, self.dim, self.heads, self.image_size = patch, dim, heads, image_size
         self.patch_embed = PatchEmbed(patch, dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))

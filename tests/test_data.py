@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import Batches, Folder, Views, describe_images, load, split_folder
+from data import Folder, Order, Samples, describe_images, load, split_folder
 from decode import read_image
 from shapes import Shapes
 
@@ -109,7 +109,7 @@ def test_a_folder_without_classes_has_no_labels(folder, tmp_path):
 def test_batches_cover_each_epoch_once_whatever_the_number_of_processes():
     def order(world, batch, accumulate=1, first=0):
         ranks = [
-            list(Batches(26, batch, accumulate, rank, world, seed=3, first=first, last=9))
+            list(Order(26, batch, accumulate, rank, world, seed=3).batches(first, 9))
             for rank in range(world)
         ]
         return [
@@ -126,7 +126,7 @@ def test_batches_cover_each_epoch_once_whatever_the_number_of_processes():
             set(step) for step in whole
         ]
     with pytest.raises(ValueError, match="26 images are fewer than a global batch of 32"):
-        Batches(26, 8, 2, 0, 2)
+        Order(26, 8, 2, 0, 2)
 
 
 def test_a_bad_image_is_replaced_and_reported(folder):
@@ -134,7 +134,7 @@ def test_a_bad_image_is_replaced_and_reported(folder):
     bad.write_bytes(b"no image")
     images = load(folder)
     index = images.paths.index(os.path.join("größe", bad.name))
-    views = Views(images, lambda image, rng: (image, rng.random()))
+    views = Samples(images, lambda image, rng: (image, rng.random()))
     image, draw, replaced = views[4, index]
     assert replaced == index and (image == images[index + 1]).all()
     assert draw == views[4, index][1] != views[5, index][1]

@@ -18,7 +18,7 @@ import features
 import segment
 from augment import normalize
 from backbone import architecture, build_backbone, resnet50
-from data import Batches
+from data import Order
 from evaluate import choose_labelled, fit_heads, knn, knn_of, open_splits, score
 from features import Crops, Extraction, center_crop, extract, represent
 from shapes import Shapes
@@ -179,7 +179,7 @@ def test_the_middle_of_a_strip_is_that_of_the_whole_resized(shape):
     whole = pil_to_tensor(to_pil_image(image).resize((w, h), Image.Resampling.BICUBIC))
     top, left = round((h - 32) / 2), round((w - 32) / 2)
     middle = whole[:, top : top + 32, left : left + 32].int()
-    assert (center_crop(image, 32).int() - middle).abs().max() <= 1
+    assert (center_crop(image, 32).int() - middle).abs().max() <= 2
 
 
 def test_a_strip_takes_no_more_memory_than_its_middle_needs(monkeypatch):
@@ -189,7 +189,7 @@ def test_a_strip_takes_no_more_memory_than_its_middle_needs(monkeypatch):
     monkeypatch.setattr(features, "resize", lambda *args: resized.append(args))
     assert center_crop(strip, 224).shape == (3, 224, 224) and not resized
     with pytest.raises(ValueError, match="more than 65536 patches"):
-        segment.fit(strip, 68, 4)
+        segment.fit_to_patches(strip, 68, 4)
 
 
 # ---- the linear probe ----
@@ -202,7 +202,7 @@ def clusters(count, classes=6, dim=10):
 
 
 def steps(x, labels, batch=32, count=400):
-    for keys in Batches(len(x), batch, last=count):
+    for keys in Order(len(x), batch).batches(0, count):
         n = torch.tensor([i for _, i in keys])
         yield x[n], labels[n]
 
@@ -337,7 +337,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(checkpoint, mon
 
 
 def test_what_is_not_a_number_is_null_in_the_line(folder, checkpoint, capsys):
-    flags = "--epochs", 4, "--lr", 1e30, "--cached", "--no-untrained"
+    flags = "--epochs", 4, "--lr", 1e38, "--cached", "--no-untrained"
     run(capsys, "linear", checkpoint, "--data", folder, *flags)
     text = (checkpoint.parent / "evaluate.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["loss"] == [None]

@@ -70,14 +70,13 @@ def test_the_laptops_recipe_is_the_default_and_flags_override_it():
 def test_schedules_by_hand():
     args = train.parse_args("--arch vit_small --epochs 100 --teacher_temp 0.07".split())
     at = [schedules(step, args, 10, 512) for step in (0, 50, 100, 550, 1000)]
-    lr, weight_decay, momentum, tau, center_momentum, frozen = zip(*at)
+    lr, weight_decay, momentum, tau, frozen = zip(*at)
     assert lr == pytest.approx([0, 5e-4, 1e-3, (1e-3 + 1e-6) / 2, 1e-6])
     ends = weight_decay[0], weight_decay[-1], momentum[0], momentum[-1]
     assert ends == pytest.approx((0.04, 0.4, 0.996, 1))
     assert weight_decay[3] == pytest.approx(0.4 - 0.36 * (1 + math.cos(0.55 * math.pi)) / 2)
     assert momentum[3] == pytest.approx(1 - 0.004 * (1 + math.cos(0.55 * math.pi)) / 2)
     assert tau == pytest.approx([0.04, 0.04 + 0.03 / 6, 0.05, 0.07, 0.07])
-    assert set(center_momentum) == {0.9}
     assert frozen == (True, False, False, False, False)
     assert [schedules(step, args, 10, 512).frozen for step in (9, 10)] == [True, False]
 
@@ -102,11 +101,10 @@ def test_teacher_temperature_by_hand():
     assert teacher_temperature(0, 0.04, 0.07, 0) == 0.07
 
 
-def test_sharpening_and_centering_can_be_left_out():
+def test_sharpening_can_be_left_out():
     args = train.parse_args(["--no_sharpening", "--student_temp", "0.2"])
     assert schedules(5, args, 10, 64).teacher_temp == 0.2
     assert str(args.output) == "runs/laptop-no_sharpening"
-    assert schedules(5, train.parse_args(["--no_centering"]), 10, 64).center_momentum == 1
 
 
 def test_the_summary_is_a_few_short_lines_and_names_all_that_is_not_off():
@@ -116,5 +114,6 @@ def test_the_summary_is_a_few_short_lines_and_names_all_that_is_not_off():
     for text in ("arch vit_small", "local_crops 0", "global_scale 0.4 1.0", "no_centering"):
         assert text in summary(args)
     assert "no_sharpening" not in summary(args)
+    assert "norm_last_layer False" in summary(train.parse_args(["--no-norm_last_layer"]))
     for name in RECIPE:
         assert name in summary(train.parse_args([]))

@@ -270,7 +270,7 @@ def test_a_second_run_in_the_same_folder_ends_in_one_line_until_the_first_is_gon
 
 
 def test_kept_checkpoints_are_rotated_by_number_and_from_the_epoch_that_was_reached(tmp_path):
-    batches = mock.Mock(rank=0, world=1, steps_per_epoch=1, total=4)
+    batches = mock.Mock(rank=0, world=1, steps_per_epoch=1, global_batch=4)
     args = arguments("--keep 2", tmp_path)
     network = train.Network(build_backbone("vit_micro", 8, 16), torch.nn.Identity())
     _, scaler = build_optimizer("sgd", network, torch.device("cpu"), None)
@@ -355,7 +355,7 @@ def test_collapse_is_told_apart_and_stops_if_asked(
     tmp_path, capsys, entropy, mean_entropy, kl, kind
 ):
     args = arguments("--stop_on_collapse", tmp_path)
-    batches = mock.Mock(rank=0, world=1, steps_per_epoch=9, total=4)
+    batches = mock.Mock(rank=0, world=1, steps_per_epoch=9, global_batch=4)
     watcher = Run(args, None, None, None, batches)
     for epoch in [0.5] * 50 + [1.5] * 19:
         watcher.watch(epoch, entropy, mean_entropy, kl)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import terminal
-from conftest import ROOT
+from checkpoint import write_whole
 
 LOADER = "Caught RuntimeError in DataLoader worker process 0.\n"
 SHM = "unable to allocate shared memory(shm) for file </torch_7_1_0>: No space left on device (28)"
@@ -46,6 +46,8 @@ def line_for(error, monkeypatch, **flags):
 )
 def test_every_way_in_which_a_dead_loader_shows_is_the_same_line(error, monkeypatch):
     assert line_for(error, monkeypatch) == f"train.py: {terminal.LOADER_DIED}"
+    of_a_run = line_for(error, monkeypatch, overwrite=False)
+    assert of_a_run == f"train.py: {terminal.LOADER_DIED}{terminal.GOES_ON}"
 
 
 @pytest.mark.parametrize("text", [SHM, LOADER + SHM, BUS, LOADER + "Bus error: shared memory"])
@@ -83,9 +85,7 @@ def test_compile_without_a_compiler_is_one_line(tmp_path):
     assert result.stderr == "compiled.py: --compile needs a C++ compiler, and finds none\n"
 
 
-def test_a_missing_folder_is_not_called_a_full_disk(monkeypatch, tmp_path):
-    from checkpoint import write_whole
-
+def test_a_missing_folder_is_not_called_a_full_disk(tmp_path):
     with pytest.raises(OSError, match="No such file") as error:
         write_whole(tmp_path / "none" / "a.pth", lambda file: None)
     assert "disk" not in str(error.value)
@@ -99,6 +99,17 @@ def test_a_name_that_is_not_utf8_can_be_printed(tmp_path):
     )
     result = subprocess.run([sys.executable, str(script)], capture_output=True, timeout=60)
     assert result.returncode == 0 and result.stdout == b"caf\\udce9.png\n"
+
+
+def test_nobody_reading_on_is_no_error(tmp_path):
+    script = tmp_path / "say.py"
+    script.write_text(
+        "from terminal import run_command, say\n"
+        "run_command(lambda args: [say('x' * 999) for _ in range(999)], lambda: None)"
+    )
+    pipe = ["bash", "-c", f"{sys.executable} {script} | head -1"]
+    result = subprocess.run(pipe, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "x" * 999 + "\n" and result.stderr == ""
 
 
 def test_a_system_without_sigusr1_has_the_other_signals(monkeypatch):
@@ -117,4 +128,4 @@ def test_lines_are_always_json():
         "b": [1.5, None, {"c": None}],
         "d": "x",
     }
-    assert line.endswith("\n") and ROOT
+    assert line.endswith("\n")

@@ -11,7 +11,7 @@ import train
 from augment import MultiCrop, views_on
 from backbone import build_backbone
 from conftest import TINY, without_keys
-from data import Batches, Views
+from data import Order, Samples
 from head import DINOHead
 from shapes import Shapes
 
@@ -73,8 +73,8 @@ def test_thirty_steps_are_a_textbook_dinos(tmp_path):
             {"params": [trained[name] for name in spared], "weight_decay": 0.0},
         ]
     )
-    crops = Views(Shapes(), MultiCrop(16, 8, 2, args.global_scale, args.local_scale), args.seed)
-    for step, keys in enumerate(Batches(10_000, batch, seed=args.seed, first=0, last=steps)):
+    crops = Samples(Shapes(), MultiCrop(16, 8, 2, args.global_scale, args.local_scale), args.seed)
+    for step, keys in enumerate(Order(10_000, batch, seed=args.seed).batches(0, steps)):
         *images, _ = torch.utils.data.default_collate([crops[key] for key in keys])
         big, small = views_on(torch.device("cpu"), images)
         t = [textbook.network(teacher, view, 4, args.patch).detach() for view in big]

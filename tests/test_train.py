@@ -188,7 +188,7 @@ def test_mixed_precision_trains_and_keeps_float32_weights(tmp_path, amp):
 def test_overwriting_leaves_nothing_to_resume_from(tmp_path):
     run("--steps 1 --knn_every 0", tmp_path)
     (tmp_path / "epoch-0001.pth").write_bytes(b"old")
-    batches = mock.Mock(rank=0, world=1, steps_per_epoch=9, total=4)
+    batches = mock.Mock(rank=0, world=1, steps_per_epoch=9, global_batch=4)
     anew = Run(arguments("--overwrite", tmp_path), None, None, None, batches)
     anew.resume()
     assert anew.first == 0 and not list(tmp_path.glob("*.pth"))

@@ -85,6 +85,7 @@ def test_other_sizes_work_and_sizes_between_patches_are_refused():
         small()(torch.randn(1, 3, 16, 18))
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_traced_and_exported_it_gives_the_same_at_another_size_than_its_own():
     backbone, images = small(), torch.randn(2, 3, 24, 20)
     expected = backbone(images)
