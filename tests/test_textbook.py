@@ -1,6 +1,5 @@
 """The whole against a textbook: the backbone in float64, and thirty steps of training."""
 
-import json
 import math
 
 import pytest
@@ -10,10 +9,11 @@ import textbook
 import train
 from augment import MultiCrop, views_on
 from backbone import build_backbone
-from conftest import TINY, without_keys
+from conftest import without_keys
 from data import Order, Samples
 from head import DINOHead
 from shapes import Shapes
+from test_train import arguments, log, run
 
 pytestmark = pytest.mark.usefixtures("several_blocks")
 
@@ -39,70 +39,84 @@ def test_backbone_agrees_with_a_textbook_vit_in_float64(arch, heads, patch):
             )
 
 
+def textbook_step(student, teacher, center, optimizer, views, schedule):
+    """Take a step of Algorithm 1 on state dicts of four heads and patch 8: (loss, the new centre).
+
+    schedule: learning rate, weight decay and momentum.
+    """
+    lr, weight_decay, momentum = schedule
+    big, small = views
+    t = [textbook.network(teacher, view, 4, 8).detach() for view in big]
+    s = [textbook.network(student, view, 4, 8) for view in [*big, *small]]
+    loss = textbook.loss(s, t, center, 0.1, 0.04)
+    optimizer.zero_grad()
+    loss.backward()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in trained)).item()
+    for p in trained:
+        p.grad *= min(1, 3 / (norm + 1e-6))
+    for group, decay in zip(optimizer.param_groups, (weight_decay, 0)):
+        group.update(lr=lr, weight_decay=decay)
+    optimizer.step()
+    with torch.no_grad():
+        for name in teacher:
+            teacher[name] = momentum * teacher[name] + (1 - momentum) * student[name]
+    return loss.item(), 0.9 * center + 0.1 * torch.cat(t).mean(0)
+
+
+def textbook_adamw(student):
+    trained = {name: p for name, p in student.items() if p.requires_grad}
+    spared = [name for name in trained if name.endswith("bias") or "norm" in name]
+    decayed = [name for name in trained if name not in spared]
+    return torch.optim.AdamW(
+        [
+            {"params": [trained[name] for name in decayed]},
+            {"params": [trained[name] for name in spared], "weight_decay": 0.0},
+        ]
+    )
+
+
 def test_thirty_steps_are_a_textbook_dinos(tmp_path):
     """From the same weights and crops: the same losses and parameters.
 
     The textbook has naive attention, a loss over pairs, AdamW, and an average parameter by
     parameter.
     """
-    steps, per_epoch, batch = 30, 10_000 // 4, 4
+    steps, total, batch = 30, 12 * (10_000 // 4), 4
     flags = (
         "--warmup_epochs 0 --lr 0.01 --freeze_last_layer 0 --knn_every 0 "
         "--teacher_temp 0.04 --warmup_teacher_temp 0.04 --momentum 0.9"
-    ).split()
-    args = train.parse_args([*TINY, *flags, "--steps", str(steps), "--output", str(tmp_path)])
-    train.main(args)
-    end = torch.load(tmp_path / "last.pth", weights_only=True)
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    )
+    end = run(f"{flags} --steps {steps}", tmp_path)
+    args = arguments(flags, tmp_path)
 
     torch.manual_seed(args.seed)
     backbone = build_backbone("vit_micro", args.patch, args.global_size)
     start = train.Network(backbone, DINOHead(backbone.dim, 64, 32, 16)).state_dict()
-    student = {
-        name: value.clone().requires_grad_(not name.endswith("weight_g"))
-        for name, value in start.items()
-    }
-    teacher = {name: value.clone() for name, value in start.items()}
-    center, total = torch.zeros(64), args.epochs * per_epoch
-    trained = {name: p for name, p in student.items() if p.requires_grad}
-    spared = [name for name in trained if name.endswith("bias") or "norm" in name]
-    decayed = [name for name in trained if name not in spared]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [trained[name] for name in decayed]},
-            {"params": [trained[name] for name in spared], "weight_decay": 0.0},
-        ]
-    )
+    student, teacher = {}, {}
+    for name, value in start.items():
+        student[name] = value.clone().requires_grad_(not name.endswith("weight_g"))
+        teacher[name] = value.clone()
+    center, optimizer = torch.zeros(64), textbook_adamw(student)
     crops = Samples(Shapes(), MultiCrop(16, 8, 2, args.global_scale, args.local_scale), args.seed)
     for step, keys in enumerate(Order(10_000, batch, seed=args.seed).batches(0, steps)):
         *images, _ = torch.utils.data.default_collate([crops[key] for key in keys])
-        big, small = views_on(torch.device("cpu"), images)
-        t = [textbook.network(teacher, view, 4, args.patch).detach() for view in big]
-        s = [textbook.network(student, view, 4, args.patch) for view in [*big, *small]]
-        loss = textbook.loss(s, t, center, 0.1, 0.04)
-        assert loss.item() == pytest.approx(log[step]["loss"], abs=1e-4)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.sqrt(sum((p.grad**2).sum() for p in trained.values()))
-        lr = 1e-5 + (0.01 * batch / 256 - 1e-5) * (1 + math.cos(math.pi * step / total)) / 2
-        for p in trained.values():
-            p.grad *= min(1, 3 / (norm.item() + 1e-6))
-        for group, decay in zip(optimizer.param_groups, (0.04, 0)):
-            group.update(lr=lr, weight_decay=decay)
-        optimizer.step()
-        momentum = 1 - 0.1 * (1 + math.cos(math.pi * step / total)) / 2
-        with torch.no_grad():
-            for name in teacher:
-                teacher[name] = momentum * teacher[name] + (1 - momentum) * student[name]
-        center = 0.9 * center + 0.1 * torch.cat(t).mean(0)
+        views = views_on(torch.device("cpu"), images)
+        cosine = (1 + math.cos(math.pi * step / total)) / 2
+        schedule = 1e-5 + (0.01 * batch / 256 - 1e-5) * cosine, 0.04, 1 - 0.1 * cosine
+        loss, center = textbook_step(student, teacher, center, optimizer, views, schedule)
+        assert loss == pytest.approx(log(tmp_path)[step]["loss"], abs=1e-4)
 
     torch.testing.assert_close(end["center"], center, rtol=0, atol=1e-4)
+    moved = 0
     for name in start:
-        got = end["student"][name], end["teacher"][name]
-        expected = student[name].detach(), teacher[name]
-        for a, b in zip(got, expected):
-            if name.endswith("qkv.bias"):
-                a, b = without_keys(a), without_keys(b)
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-4, msg=lambda text: f"{name}: {text}")
-    moved = max((end["student"][name] - start[name]).abs().max() for name in trained)
+        assert_same(name, end["student"][name], student[name].detach())
+        assert_same(name, end["teacher"][name], teacher[name])
+        moved = max(moved, (end["student"][name] - start[name]).abs().max())
     assert moved > 1e-3
+
+
+def assert_same(name, a, b):
+    if name.endswith("qkv.bias"):
+        a, b = without_keys(a), without_keys(b)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4, msg=lambda text: f"{name}: {text}")
