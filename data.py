@@ -178,6 +178,8 @@ TORCHVISION = {
 class Torchvision:
     """One of torchvision's data sets, downloaded on first use beside torch.hub's cache."""
 
+    note = None  # as in Folder
+
     def __init__(self, name, split):
         root = Path(torch.hub.get_dir()).parent / "datasets"
         try:
@@ -247,8 +249,7 @@ def describe_images(images):
         text += f" of {len(images.classes)} classes ({first}{more})"
     else:
         text += " without labels"
-    note = getattr(images, "note", None)
-    return f"{text}; {note}" if note else text
+    return f"{text}; {images.note}" if images.note else text
 
 
 def fingerprint(images):

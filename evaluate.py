@@ -316,10 +316,10 @@ def open_splits(data):
     train, val = load(data, "train"), load(data, "val")
     for name, images in ((repr(data), train), (f"the held-out split of {data!r}", val)):
         if images is not None and images.labels is None:
-            note = getattr(images, "note", None)
+            note = f" ({images.note})" if images.note else ""
             raise ValueError(
                 f"{name} has no labels: put the images of each class, two or more, into a folder "
-                f"of its own{f' ({note})' if note else ''}"
+                f"of its own{note}"
             )
     if val is None or val.classes == train.classes:
         return train, val

@@ -24,7 +24,7 @@ def before_training(run):
     say(describe_images(run.images))
     if run.val is not None:
         say(f"held out: {describe_images(run.val)}")
-    if are_constant(run.images):
+    if run.main and are_constant(run.images):
         say("warning: the first images are each of one colour throughout: are they read rightly?")
     if args.freeze_last_layer >= args.epochs:
         say("warning: --freeze_last_layer keeps the last layer as it is for the whole run")
@@ -41,8 +41,8 @@ def before_training(run):
 def after_step(run, done, schedule, figures, grad_norm):
     """Log, watch, test, save and stop, as the run's arguments say, after `done` steps.
 
-    figures, grad_norm: what train_step() returns. Only
-    where something is logged or saved does the host wait for the device.
+    figures, grad_norm: what train_step() returns. Only where something is logged or saved does the
+    host wait for the device.
     """
     args, output = run.args, run.args.output
     run.norms.append(grad_norm)

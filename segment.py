@@ -170,7 +170,7 @@ def image_jaccard(networks, image, objects, void, device, mass):
     image = normalize(image[None].to(device).float() / 255)
     rows = []
     for network in networks:
-        kept = keep_mass(attention_maps(network, image)[0], mass).cpu()
+        kept = keep_mass(attention_maps(network, image)[0].cpu(), mass)
         kept = repeat(kept, "heads h w -> heads (h p) (w q)", p=patch, q=patch)
         rows.append(jaccard(kept, objects, void).double())
     return torch.stack(rows)

@@ -25,6 +25,7 @@ class Shapes:
     """
 
     classes = [f"core {36 * step} degrees from rim" for step in range(10)]
+    note = None  # as in data.Folder
 
     def __init__(self, split="train", length=None, size=64, seed=0):
         self.split, self.size, self.seed = split, size, seed
