@@ -74,8 +74,10 @@ def write_whole(path, write):
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             os.unlink(beside)
-        # torch's writer turns the system's error into one of its own
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+        # torch's writer turns what interrupts it into an error of its own: the system's, but also
+        # the death of a loader's process, which may show anywhere
+        of_the_writer = isinstance(error, OSError) or "inline_container" in str(error)
+        if not of_the_writer or "DataLoader" in f"{error} {error.__context__}":
             raise
         reason = str(error).splitlines()[0]
         full = " (is the disk full?)" if is_full(error) else ""

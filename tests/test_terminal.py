@@ -91,6 +91,23 @@ def test_a_missing_folder_is_not_called_a_full_disk(tmp_path):
     assert "disk" not in str(error.value)
 
 
+def test_a_loader_that_dies_while_a_file_is_written_is_not_called_a_full_disk(
+    tmp_path, monkeypatch
+):
+    """torch's writer then fails too, on its way out."""
+
+    def write(file):
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 9 vs 8")
+
+    with pytest.raises(RuntimeError) as error:
+        write_whole(tmp_path / "a.pth", write)
+    assert line_for(error.value, monkeypatch) == f"train.py: {terminal.LOADER_DIED}"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_name_that_is_not_utf8_can_be_printed(tmp_path):
     script = tmp_path / "say.py"
     script.write_text(
