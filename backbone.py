@@ -86,3 +86,11 @@ def describe(backbone):
         f"ViT of width {backbone.dim}, {blocks}, {backbone.heads} heads, "
         f"patch {backbone.patch}, trained at {trained_at(backbone)} pixels"
     )
+
+
+def require_vit(backbone, source):
+    """Return the backbone. ValueError: it is a convnet."""
+    if not isinstance(backbone, ViT):
+        kind = describe(backbone)
+        raise ValueError(f"{source} is a {kind}: a convnet has no attention and no patch tokens")
+    return backbone

@@ -8,10 +8,7 @@ error that says which keys: nothing is ever loaded in part, and no file can run 
 """
 
 import argparse
-import contextlib
-import errno
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +18,7 @@ from einops import rearrange
 from torch import nn
 
 from backbone import architecture, build_backbone, describe, rebuild, trained_at
+from files import write_whole
 from recipe import add_network_flags
 from terminal import run_command
 from vit import ARCHITECTURES, ViT
@@ -52,47 +50,7 @@ class Loaded(NamedTuple):
     description: str  # one line to print
 
 
-# ---- files ----
-
-
-def write_whole(path, write):
-    """Call write(file) on a file beside path, which then takes its place.
-
-    OSError: it could not be written, and path is as it was before.
-    """
-    beside = f"{path}.tmp"
-    try:
-        with open(beside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            length = file.tell()
-        arrived = os.path.getsize(beside)
-        if arrived != length:
-            raise OSError(f"{arrived} of {length} bytes arrived")
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        # torch's writer turns what interrupts it into an error of its own: the system's, but also
-        # the death of a loader's process, which may show anywhere
-        of_the_writer = isinstance(error, OSError) or "inline_container" in str(error)
-        if not of_the_writer or "DataLoader" in f"{error} {error.__context__}":
-            raise
-        reason = str(error).splitlines()[0]
-        full = " (is the disk full?)" if is_full(error) else ""
-        line = f"cannot write {path}{full}: {reason}; what was there before stands"
-        raise OSError(line) from None
-    if os.name == "posix":
-        folder = os.open(Path(path).parent, os.O_RDONLY)
-        os.fsync(folder)  # the move itself
-        os.close(folder)
-
-
-def is_full(error):
-    """Whether an error says that no more can be written: torch's writer hides the number."""
-    number = getattr(error, "errno", None) or getattr(error.__context__, "errno", None)
-    return number in (None, errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+# ---- checkpoint files ----
 
 
 def download(name):

@@ -115,9 +115,11 @@ def split_folder(root, split):
 
     A root like ImageNet's has a folder named as in TRAINING, and one as in HELD_OUT; a root that is
     itself such a training folder has the other beside it. Without these, the whole root is the
-    training split.
+    training split; of one like Pascal VOC's or DAVIS's it is the photographs, not their masks.
     """
     root = Path(root).absolute()
+    if (root / "JPEGImages").is_dir():
+        return root / "JPEGImages" if split == "train" else None
     bases = [root]
     if root.name.lower() in TRAINING:
         bases.append(root.parent)

@@ -26,10 +26,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from backbone import trained_at
-from checkpoint import write_whole
 from data import Order, load
 from distributed import amp_dtype, in_turn
 from features import Crops, Extraction, extract, represent
+from files import write_whole
 from protocol import add_flags, check_positive, run_protocol
 from recipe import add_amp_flag, usable_cores
 from terminal import first_process, progress, run_command, say

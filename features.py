@@ -19,25 +19,16 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from augment import normalize, random_resized_crop, resize
 from backbone import trained_at
-from checkpoint import load_checkpoint, write_whole
+from checkpoint import load_checkpoint
 from distributed import agree, autocast, combine
+from files import write_whole
 from terminal import first_process, progress, say
 from vit import ViT
 
+MOST_PATCHES = 2**16  # of an image
 
-@dataclass(frozen=True)
-class Extraction:
-    """How features are extracted: where, from which tokens, by how many processes."""
 
-    device: torch.device
-    batch: int = 256
-    workers: int = 0
-    dtype: torch.dtype | None = None  # of autocast; None: float32
-    last: int = 1  # how many blocks' class tokens
-    mean_patches: bool = False  # whether the last block's mean patch token goes along
-    rank: int = 0
-    world: int = 1  # processes that call together and share the images
-    cache: Path | None = None  # a folder that keeps features
+# ---- how an image is fitted ----
 
 
 def center_crop(image, size):
@@ -56,6 +47,59 @@ def center_crop(image, size):
         return pil_to_tensor(middle)
     image = resize(image, height, width)
     return image[:, top : top + size, left : left + size]
+
+
+def usual_size(backbone):
+    """Return the short side, in pixels and whole patches, at which a network is shown images.
+
+    It is 480 / 224 of what the network was trained at: 480 for the paper's.
+    """
+    patches = trained_at(backbone) * 480 // 224 // backbone.patch
+    return backbone.patch * max(1, patches)
+
+
+def fitted_size(image, short, patch):
+    """Return (height, width) of an image [c, h, w] with its short side at so many pixels.
+
+    ValueError: it has more than MOST_PATCHES.
+    """
+    scale = short / min(image.shape[1:])
+    h, w = (max(1, round(side * scale)) for side in image.shape[1:])
+    if h * w > MOST_PATCHES * patch**2:
+        raise ValueError(
+            f"an image of {image.shape[2]} x {image.shape[1]} with its short side at {short} "
+            f"has more than {MOST_PATCHES} patches: lower --size"
+        )
+    return h, w
+
+
+def fit_to_patches(image, short, patch):
+    """Resize uint8 [c, h, w] to a short side near short, and crop each side to whole patches.
+
+    ValueError: it has more than MOST_PATCHES.
+    """
+    h, w = fitted_size(image, short, patch)
+    h, w = max(patch, h), max(patch, w)
+    image = resize(image, h, w)
+    return image[:, : h // patch * patch, : w // patch * patch]
+
+
+# ---- features ----
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How features are extracted: where, from which tokens, by how many processes."""
+
+    device: torch.device
+    batch: int = 256
+    workers: int = 0
+    dtype: torch.dtype | None = None  # of autocast; None: float32
+    last: int = 1  # how many blocks' class tokens
+    mean_patches: bool = False  # whether the last block's mean patch token goes along
+    rank: int = 0
+    world: int = 1  # processes that call together and share the images
+    cache: Path | None = None  # a folder that keeps features
 
 
 class Crops(Dataset):

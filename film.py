@@ -8,9 +8,9 @@ from itertools import chain
 
 from PIL import GifImagePlugin, Image, ImageSequence
 
-from checkpoint import write_whole
 from data import Folder
 from decode import read_image, to_tensor
+from files import write_whole
 from terminal import say
 
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -27,12 +27,9 @@ def stills(source):
         try:
             yield source, read_image(source)
         except Exception as error:  # whatever a decoder may raise
-            reason = str(error)
-            if source.suffix.lower() in VIDEOS:
-                reason = f"a film is read as a GIF or a folder of frames: {FRAMES.format(source)}"
-            raise ValueError(f"cannot read {str(source)!r}: {reason}") from None
+            raise unreadable_film(source, error) from None
         return
-    for name in sorted(Folder(source).paths, key=lambda name: (len(name), name)):
+    for name in names_in(source):
         try:
             image = read_image(source / name)
         except Exception:  # whatever a decoder may raise
@@ -41,21 +38,53 @@ def stills(source):
             yield source / name, image
 
 
-def frames(source, fps):
-    """Yield (image, milliseconds) of a folder of frames or an animated file, one at a time.
+def names_in(folder):
+    """Return the names of the images below a folder, 2.png before 10.png."""
+    return sorted(Folder(folder).paths, key=lambda name: (len(name), name))
 
-    A file that is cut short ends where it is cut.
+
+def unreadable_film(path, error):
+    """Return the error that says why a file cannot be read, and what to do with a video."""
+    reason = str(error)
+    if path.suffix.lower() in VIDEOS:
+        reason = f"a film is read as a GIF or a folder of frames: {FRAMES.format(path)}"
+    return ValueError(f"cannot read {str(path)!r}: {reason}")
+
+
+class Film:
+    """The frames of a folder or of an animated file: (name, image, milliseconds), one at a time.
+
+    fps: of a folder, which does not say. What cannot be read in a folder is named and left out; a
+    file that is cut short ends where it is cut. ValueError: it cannot be read at all.
     """
-    if source.is_dir():
-        for _, image in stills(source):
-            yield image, 1000 / fps
-        return
-    with Image.open(source) as film:
+
+    def __init__(self, source, fps=10):
+        self.source, self.fps, self.length = source, fps, 0
+        if source.is_dir():
+            self.length = len(names_in(source))
+            return
         try:
-            for frame in ImageSequence.Iterator(film):
-                yield to_tensor(frame.copy()), frame.info.get("duration") or 100
+            with Image.open(source) as film:
+                for _ in ImageSequence.Iterator(film):
+                    self.length += 1
         except Exception as error:  # whatever a decoder may raise
-            say(f"cannot read all of {str(source)!r}: {error}", sys.stderr)
+            if self.length == 0:
+                raise unreadable_film(source, error) from None
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        if self.source.is_dir():
+            for path, image in stills(self.source):
+                yield path.stem, image, 1000 / self.fps
+            return
+        with Image.open(self.source) as film:
+            try:
+                for i, frame in enumerate(ImageSequence.Iterator(film)):
+                    yield f"{i:05}", to_tensor(frame.copy()), frame.info.get("duration") or 100
+            except Exception as error:  # whatever a decoder may raise
+                say(f"cannot read all of {str(self.source)!r}: {error}", sys.stderr)
 
 
 def is_film(path):

@@ -19,7 +19,7 @@ from terminal import first_process, json_line, say
 class Subject(NamedTuple):
     """What is evaluated, and where."""
 
-    backbone: nn.Module
+    backbone: nn.Module | None
     data: str  # a folder or a data set's name
     folder: Path  # for evaluate.jsonl and other results
     device: torch.device
@@ -34,10 +34,11 @@ class Subject(NamedTuple):
         return networks
 
 
-def add_flags(parser):
-    """Add the flags that all evaluating commands have."""
+def add_flags(parser, nargs=None):
+    """Add the flags that all evaluating commands have. nargs "?": no checkpoint is needed."""
     names = ", ".join(RELEASED)
-    parser.add_argument("checkpoint", help=f"a checkpoint, or released weights: {names}")
+    parser.add_argument("checkpoint", nargs=nargs,
+                        help=f"a checkpoint, or released weights: {names}")  # fmt: skip
     parser.add_argument("--data", help="a folder or a data set's name "
                         "(default: what the checkpoint was trained on)")  # fmt: skip
     add_network_flags(parser)
@@ -75,24 +76,27 @@ def run_protocol(args, protocol):
 
 
 def open_subject(args, device, rank, world):
-    """Load the checkpoint, and say what it is.
+    """Load the checkpoint, if one is given, and say what it is.
 
     ValueError: it does not load or say what it was trained on, or the folder cannot be written.
     """
-    loaded = in_turn(lambda: load_backbone(args.checkpoint, args.network, args.heads))
-    data = args.data or loaded.trained_with.get("data")
-    if data is None:
-        raise ValueError(
-            f"{args.checkpoint!r} does not say what it was trained on: give --data"
-        )
+    backbone, data = None, args.data
+    if args.checkpoint:
+        loaded = in_turn(lambda: load_backbone(args.checkpoint, args.network, args.heads))
+        backbone, data = loaded.backbone.to(device), data or loaded.trained_with.get("data")
+        if data is None:
+            raise ValueError(
+                f"{args.checkpoint!r} does not say what it was trained on: give --data"
+            )
     if args.output:
         folder = args.output
         folder.mkdir(parents=True, exist_ok=True)
-    elif args.checkpoint in RELEASED:
+    elif args.checkpoint is None or args.checkpoint in RELEASED:
         folder = Path(".")
     else:
         folder = Path(args.checkpoint).parent
     if not os.access(folder, os.W_OK):
         raise ValueError(f"cannot write to {str(folder)!r}: choose another --output")
-    say(loaded.description)
-    return Subject(loaded.backbone.to(device), data, folder, device, rank, world)
+    if args.checkpoint:
+        say(loaded.description)
+    return Subject(backbone, data, folder, device, rank, world)

@@ -10,8 +10,8 @@ from backbone import untrained
 from data import are_constant, describe_images, read_or_next
 from distributed import in_turn, mean_over_processes
 from evaluate import knn_of
-from features import Extraction
-from segment import attend, attention_masks, usual_size
+from features import Extraction, usual_size
+from segment import attend, attention_masks
 from shapes import Shapes
 from terminal import minutes, say
 from visualize import draw_attention, draw_curves, draw_emergence

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from backbone import architecture
-from checkpoint import load_checkpoint, write_whole
+from checkpoint import load_checkpoint
 from data import fingerprint, unreadable
 from distributed import agree, hold_folder
+from files import write_whole
 from terminal import RECEIVED, json_line, minutes, say, status
 
 FORMAT = 3  # of last.pth

@@ -1,8 +1,12 @@
-"""What the features know of objects: the class token's attention as masks (4.2.2, Figure 4).
+"""What the features know of objects: attention as masks, labels carried along (section 4.2.2).
 
     python segment.py masks runs/laptop/last.pth         shapes: what the checkpoint was trained on
-    python segment.py masks CKPT --data voc2012          or images with an alpha channel
-    torchrun --nproc_per_node=8 segment.py masks ...     each process with its share of the images
+    python segment.py masks CKPT --data voc2012          a folder like VOC's, or with alpha, --masks
+    python segment.py video CKPT film.gif --mask first.png      a mask carried through a film
+    python segment.py davis CKPT --data path/to/DAVIS    Table 5; shapes: built-in films
+    torchrun --nproc_per_node=8 segment.py davis ...     each process with its share
+
+Video is in propagation.py, its figures in davis.py; here is Figure 4.
 
 Each head's class-token attention in the last block is cut to 60 % of its mass and compared with
 each object. The Jaccard index, intersection over union, is that of the best head for each object,
@@ -13,20 +17,23 @@ Images are uint8 [3, h, w], maps [heads, rows, columns] of patches.
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 
 from augment import normalize, resize
-from backbone import describe, trained_at
-from data import load
+from backbone import require_vit
+from davis import evaluate_davis
 from distributed import combine, in_turn
+from features import fit_to_patches, fitted_size, usual_size
+from masks import VOID, load_with_masks, numbers_in, resize_mask
+from pictures import cut_out, draw_panels
+from propagation import add_propagation_flags, carry_film
 from protocol import add_flags, check_positive, run_protocol
-from terminal import progress, run_command, say
-from vit import ViT
-
-MOST_PATCHES = 2**16  # of an image
+from recipe import add_device_flag, add_network_flags
+from terminal import first_process, progress, run_command, say
 
 # ---- attention as maps ----
 
@@ -51,15 +58,6 @@ def keep_mass(maps, mass=0.6):
     kept = held_by_larger < mass * value.sum(-1, keepdim=True)
     kept = torch.zeros_like(kept).scatter(-1, order, kept)
     return rearrange(kept, "... (h w) -> ... h w", h=maps.shape[-2]).to(maps.device)
-
-
-def usual_size(backbone):
-    """Return the short side, in pixels and whole patches, at which a network is shown images.
-
-    It is 480 / 224 of what the network was trained at: 480 for the paper's.
-    """
-    patches = trained_at(backbone) * 480 // 224 // backbone.patch
-    return backbone.patch * max(1, patches)
 
 
 def attend(backbone, image, short=None):
@@ -92,57 +90,32 @@ def jaccard(masks, objects, void):
     return intersection / union
 
 
-def fit_to_patches(image, short, patch):
-    """Resize uint8 [c, h, w] to a short side near short, and crop each side to whole patches.
-
-    ValueError: it has more than MOST_PATCHES.
-    """
-    h, w = fitted_size(image, short, patch)
-    h, w = max(patch, h), max(patch, w)
-    image = resize(image, h, w)
-    return image[:, : h // patch * patch, : w // patch * patch]
-
-
-def fitted_size(image, short, patch):
-    """Return (height, width) of an image [c, h, w] with its short side at so many pixels.
-
-    ValueError: it has more than MOST_PATCHES.
-    """
-    scale = short / min(image.shape[1:])
-    h, w = (max(1, round(side * scale)) for side in image.shape[1:])
-    if h * w > MOST_PATCHES * patch**2:
-        raise ValueError(
-            f"an image of {image.shape[2]} x {image.shape[1]} with its short side at {short} "
-            f"has more than {MOST_PATCHES} patches: lower --size"
-        )
-    return h, w
-
-
 def read_objects(images, i, short, patch):
     """Return (image, objects, void), uint8 [3, h, w] and bool [o, h, w] and [h, w], all fit.
 
     None: the image cannot be read, is too long a strip, or shows no object.
     """
     try:
-        image, numbers = images[i], images.mask(i)
-        if numbers is None:
+        image, mask = images[i], images.mask(i)
+        if mask is None:
             return None
+        if mask.shape != image.shape[1:]:
+            mask = resize_mask(mask, *image.shape[1:])
         image = fit_to_patches(image, short, patch)
-        present = [number for number in numbers.unique().tolist() if 0 < number < 255]
-        masks = torch.stack([numbers == number for number in (255, *present)])
+        numbers = numbers_in(mask)
+        masks = torch.stack([mask == number for number in (VOID, *numbers)])
         masks = fit_to_patches(255 * masks.byte(), short, patch) > 127
     except Exception:  # whatever a decoder may raise
         return None
-    return (image, masks[1:], masks[0]) if present else None
+    return (image, masks[1:], masks[0]) if numbers else None
 
 
-def attention_masks(networks, images, device, short, mass=0.6, rank=0, world=1):
-    """Figure 4 in numbers: (Jaccard index in per cent [networks, 1 + heads], objects, images).
+def attend_to_objects(networks, images, device, short, mass=0.6, rank=0, world=1):
+    """Compare attention with objects: sums over each image's objects [images, networks, 1 + heads].
 
-    It is the mean over objects. The first column takes each object's best head, the others are one
-    head's each. Images are fit to whole patches near short pixels, objects like them; images
-    without objects are left out.
-    ValueError: no image shows an object.
+    Of the Jaccard indices, the first takes each object's best head, the others are one head's each.
+    Images are fit to whole patches near short pixels, objects like them. Returns (sums, counts),
+    how many objects each image has; 0: none, or it cannot be read. ValueError: that is all of them.
     """
     heads, start = networks[0].heads, time.monotonic()
     sums = torch.zeros(len(images), len(networks), 1 + heads, dtype=torch.float64)
@@ -158,77 +131,160 @@ def attention_masks(networks, images, device, short, mass=0.6, rank=0, world=1):
     sums, counts = combine(sums, world), combine(counts, world)
     if not counts.any():
         raise ValueError(
-            f"none of {len(images)} images says where its objects are: "
-            "take shapes, voc2012, or images with an alpha channel"
+            f"none of {len(images)} images says where its objects are: take shapes, voc2012, "
+            "a folder of images with an alpha channel, or --masks"
         )
+    return sums, counts
+
+
+def attention_masks(networks, images, device, short, mass=0.6):
+    """Figure 4 in numbers: (mean over objects in per cent [networks, 1 + heads], objects, images).
+
+    The columns are those of attend_to_objects().
+    """
+    sums, counts = attend_to_objects(networks, images, device, short, mass)
     return 100 * sums.sum(0) / counts.sum(), counts.sum().item(), (counts > 0).sum().item()
+
+
+def kept_pixels(network, image, device, mass):
+    """Return each head's mask of an image [3, h, w]: bool [heads, h, w]."""
+    p = network.patch
+    image = normalize(image[None].to(device).float() / 255)
+    kept = keep_mass(attention_maps(network, image)[0].cpu(), mass)
+    return repeat(kept, "heads h w -> heads (h p) (w q)", p=p, q=p)
 
 
 def image_jaccard(networks, image, objects, void, device, mass):
     """Compare each network's heads with an image's objects: Jaccard index [networks, o, heads]."""
-    patch = networks[0].patch
-    image = normalize(image[None].to(device).float() / 255)
     rows = []
     for network in networks:
-        kept = keep_mass(attention_maps(network, image)[0].cpu(), mass)
-        kept = repeat(kept, "heads h w -> heads (h p) (w q)", p=patch, q=patch)
+        kept = kept_pixels(network, image, device, mass)
         rows.append(jaccard(kept, objects, void).double())
     return torch.stack(rows)
 
 
-# ---- the command ----
+def draw_masks(network, images, ranking, device, short, mass, path):
+    """Draw the best and the worst three images of a ranking: an object, and its best head's mask.
+
+    Of an image's objects it is the one that was found best, or worst.
+    """
+    rows = []
+    best, worst = ranking[:3], ranking[3:][-3:]
+    for i in best + worst:
+        image, objects, void = read_objects(images, i, short, network.patch)
+        objects = objects[(objects & ~void).any(-1).any(-1)]
+        kept = kept_pixels(network, image, device, mass)
+        index, head = jaccard(kept, objects, void).max(1)
+        n = index.argmax() if i in best else index.argmin()
+        rows.append({
+            "image": rearrange(image, "c h w -> h w c"),
+            "object": cut_out(image, objects[n]),
+            f"head {head[n] + 1}: {100 * index[n]:.0f} %": cut_out(image, kept[head[n]]),
+        })
+    draw_panels(rows, path, "the best and the worst three, with the best head's Jaccard index")
+
+
+# ---- the commands ----
 
 
 def evaluate_masks(args, subject):
     """Print the table of Jaccard indices, and return its figures."""
-    if not isinstance(subject.backbone, ViT):
-        kind = describe(subject.backbone)
-        raise ValueError(f"{args.checkpoint} is a {kind}: a convnet has no attention")
-    images = in_turn(lambda: load(subject.data, "val") or load(subject.data, "train"))
+    require_vit(subject.backbone, args.checkpoint)
+    images = in_turn(lambda: load_with_masks(subject.data, args.masks))
     networks = subject.networks(args.untrained)
-    short = args.size or usual_size(subject.backbone)
-    rank, world = subject.rank, subject.world
-    means, objects, used = attention_masks(
-        list(networks.values()), images, subject.device, short, args.mass, rank, world
+    short, device = args.size or usual_size(subject.backbone), subject.device
+    sums, counts = attend_to_objects(
+        list(networks.values()), images, device, short, args.mass, subject.rank, subject.world
     )
+    used = (counts > 0).sum().item()
     if used < len(images):
         left = len(images) - used
         say(f"{left} of {len(images)} images show no object or cannot be read, and are left out")
     say(
-        f"{subject.data}: {objects} objects in {used} images at {short} pixels, "
+        f"{subject.data}: {counts.sum()} objects in {used} images at {short} pixels, "
         f"{100 * args.mass:g} % of the attention; Jaccard index in %"
     )
+    means = 100 * sums.sum(0) / counts.sum()
     titles = [f"head {i + 1}" for i in range(subject.backbone.heads)]
     say(f"{'':9}  {'best head':>9}" + "".join(f"  {title:>7}" for title in titles))
     for name, (best, *single) in zip(networks, means.tolist()):
         say(f"{name:9}  {best:9.1f}" + "".join(f"  {one:7.1f}" for one in single))
 
-    figures = {"objects": objects, "images": used, "size": short, "mass": args.mass}
+    if args.output and first_process():
+        means_of = (sums[:, 0, 0] / counts).nan_to_num(-1)
+        ranking = means_of.argsort(descending=True)[:used].tolist()
+        path = args.output / "masks.png"
+        draw_masks(subject.backbone, images, ranking, device, short, args.mass, path)
+        say(f"the best and the worst of them -> {path}")
+    figures = {"objects": counts.sum().item(), "images": used, "size": short, "mass": args.mass}
     figures |= {"best_head": means[0, 0].item(), "heads": means[0, 1:].tolist()}
     if args.untrained:
         figures["untrained"] = means[1, 0].item()
     return figures
 
 
-def parse_args(argv=None):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    add = parser.add_argument
-    add("protocol", choices=("masks",))
+def add_masks(parser):
     add_flags(parser)
+    add = parser.add_argument
+    add("--masks", type=Path, help="a folder of masks with the names of the images in --data")
     add("--mass", type=float, default=0.6, help="share of the attention inside (the paper's: 0.6)")
     add("--size", type=int, help="short side in pixels (default: 480/224 of the training size, "
         "480 for the paper's)")  # fmt: skip
     add("--untrained", action=argparse.BooleanOptionalAction, default=True,
         help="an untrained network beside")  # fmt: skip
+
+
+def add_video(parser):
+    add = parser.add_argument
+    add("checkpoint", help="a checkpoint, or the name of released weights")
+    add("film", help="an animated GIF or WebP, a folder of frames, or shapes (built in)")
+    add("--mask", type=Path, help="the first frame's mask: a palette or grey image")
+    add_network_flags(parser)
+    add_device_flag(parser)
+    add_propagation_flags(parser)
+    add("--fps", type=float, default=10, help="frames a second of a folder")
+    add("--output", type=Path, help="folder for the masks and film.gif (default: FILM_masks)")
+    add("--strip", type=Path, help="also draw six frames beside one another, as this PNG")
+
+
+def add_davis(parser):
+    add_flags(parser, nargs="?")
+    add_propagation_flags(parser)
+    add = parser.add_argument
+    add("--year", type=int, choices=(2017, 2016), default=2017,
+        help="which list of sequences; in 2016's all objects of a sequence are one")  # fmt: skip
+    add("--untrained", action="store_true", help="an untrained network beside")
+    add("--write", type=Path, help="folder for the masks, one palette PNG a frame")
+    add("--results", type=Path, help="a folder of masks that another tool has written: these are "
+        "measured, and no checkpoint is needed")  # fmt: skip
+
+
+def parse_args(argv=None):
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    protocols = parser.add_subparsers(dest="protocol", required=True)
+    add_masks(protocols.add_parser("masks", help="attention compared with objects (Figure 4)"))
+    add_video(protocols.add_parser("video", help="a mask carried through a film"))
+    add_davis(protocols.add_parser("davis", help="video object segmentation (Table 5)"))
     return parser.parse_args(argv)
 
 
 def main(args):
-    check_positive(args, "size", "mass")
-    if args.mass > 1:
-        raise ValueError(f"--mass {args.mass} must not be above 1")
-    run_protocol(args, evaluate_masks)
+    check_positive(args, "size")
+    if args.protocol == "masks":
+        check_positive(args, "mass")
+        if args.mass > 1:
+            raise ValueError(f"--mass {args.mass} must not be above 1")
+        run_protocol(args, evaluate_masks)
+    elif args.protocol == "video":
+        check_positive(args, "fps")
+        carry_film(args)
+    else:
+        if bool(args.checkpoint) == bool(args.results):
+            raise ValueError("give a checkpoint, or --results with masks that are written already")
+        if args.results and not args.data:
+            raise ValueError("give --data, the sequences that the results belong to")
+        run_protocol(args, evaluate_davis)
 
 
 if __name__ == "__main__":

@@ -102,3 +102,47 @@ class Shapes:
         """Turn values in [0, 1] into a PIL image of 16 x 16 cells of one colour each."""
         cells = Image.frombytes(mode, (16, 16), bytes(round(255 * value) for value in values))
         return cells.convert("RGB").resize((self.size, self.size), Image.NEAREST)
+
+
+class ShapesFilm(Shapes):
+    """A film of one or two such objects that move on noise; frame t follows from (seed, film, t).
+
+    Each object keeps its outline and its two hues. The noise and the cells are new in each frame,
+    so that only the hues tell where an object went. It is a sequence as in davis.Sequence.
+    """
+
+    def __init__(self, film, length=24, size=64, seed=0):
+        super().__init__("film", length, size, seed)
+        self.name, self.film = f"film {film + 1}", film
+        rng = Random(f"film {seed} {film}")
+        rims = rng.sample(range(RIM_HUES), 1 + film % 2)
+        self.objects = [self.moving_object(rng, rim / RIM_HUES) for rim in rims]
+        self.numbers, self.merged = list(range(1, 1 + len(self.objects))), False
+
+    def mask_name(self, t):
+        return f"{t:05}.png"
+
+    def moving_object(self, rng, rim):
+        """Choose an object: (points of its outline, hues of rim and core, its paths in x and y)."""
+        _, points = self.outline(rng)
+        points = [(angle, 0.75 * r) for angle, r in points]
+        core = rim + rng.randrange(len(self.classes)) / len(self.classes)
+        paths = [(rng.uniform(0, 2 * math.pi), rng.uniform(0.1, 0.25)) for _ in "xy"]
+        return points, rim, core, paths
+
+    def draw(self, t):
+        """Return frame t and its mask, both PIL images; the mask numbers the objects from 1."""
+        rng = Random(f"film {self.seed} {self.film} {t}")
+        image = self.cells("L", [rng.getrandbits(1) for _ in range(256)])
+        mask = Image.new("L", image.size)
+        for i, (points, rim, core, paths) in enumerate(self.objects):
+            largest = max(r for _, r in points)
+            center = []
+            for start, speed in paths:  # it swings from edge to edge
+                swing = (1 + math.sin(start + speed * t)) / 2
+                center.append(largest + (self.size - 2 * largest) * swing)
+            body = self.fill((center, points), 1)
+            image.paste(self.mottled(rng, rim), mask=body)
+            image.paste(self.mottled(rng, core), mask=self.fill((center, points), 0.6))
+            mask.paste(i + 1, mask=body.point(lambda value: 255 * (value > 127)))
+        return image, mask

@@ -14,65 +14,30 @@ uint8 [h, w, 3].
 import argparse
 import json
 import math
+import time
 from pathlib import Path
 
-import matplotlib
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from matplotlib.figure import Figure
 from PIL import Image
 
 from augment import resize
-from backbone import describe
-from checkpoint import RELEASED, load_backbone, write_whole
+from backbone import require_vit
+from checkpoint import RELEASED, load_backbone
 from distributed import usable_device
-from film import frames, is_film, stills, write_gif
+from film import Film, is_film, stills, write_gif
+from pictures import cut_out, draw_panels, overlay, save_figure, shown, upsample
 from recipe import add_device_flag, add_network_flags
 from run import read_log
 from segment import attend, keep_mass
-from terminal import run_command, say, status
-from vit import ViT
+from terminal import progress, run_command, say
 
 BLUE, ORANGE = "#0072b2", "#d55e00"  # the colour-blind tell them apart
-OUTLINE = torch.tensor([86, 180, 233], dtype=torch.uint8)
-COLORS = torch.tensor(matplotlib.colormaps["inferno"](range(256)))[:, :3].float() * 255
 NOTE = (
     "attention of the class token in the last block, dark to bright: "
     "from 0 to the largest value of each map"
 )
-
-
-# ---- panels: pixels from maps ----
-
-
-def upsample(maps, covered, height, width, smooth=False):
-    """Bring maps [c, rows, columns] to [c, height, width]; a patch is one block, or smooth.
-
-    covered: the share (y, x) of the maps that the image covers, as attend() gives it.
-    """
-    y, x = covered
-    corners = torch.tensor([[[x, 0, x - 1], [0, y, y - 1]]])
-    grid = F.affine_grid(corners, (1, 1, height, width), align_corners=False)
-    mode = "bilinear" if smooth else "nearest"
-    return F.grid_sample(maps[None].float(), grid, mode, "border", align_corners=False)[0]
-
-
-def overlay(image, heat):
-    """Lay a map [h, w] in colours, from 0 to its largest value, over the grey image [3, h, w]."""
-    gray = image.float().mean(0)[..., None]
-    colors = COLORS[(255 * heat / heat.max().clamp_min(1e-12)).long()]
-    return (0.3 * gray + 0.7 * colors).byte()
-
-
-def cut_out(image, mask):
-    """Darken the image outside the mask [h, w], with an outline around it."""
-    wide = max(1, round(min(mask.shape) / 100))
-    grown = F.max_pool2d(mask[None].float(), (2 * wide + 1, 1), 1, (wide, 0))
-    grown = F.max_pool2d(grown, (1, 2 * wide + 1), 1, (0, wide))[0] > 0
-    pixels = rearrange(image, "c h w -> h w c")
-    outside = torch.where(grown[..., None], OUTLINE, pixels // 4)
-    return torch.where(mask[..., None], pixels, outside)
 
 
 def panels(image, maps, covered, mass=0.6, smooth=False):
@@ -87,43 +52,6 @@ def panels(image, maps, covered, mass=0.6, smooth=False):
     mask = upsample(keep_mass(mean, mass), covered, h, w, smooth)[0] > 0.5
     row["mask"] = cut_out(image, mask)
     return row
-
-
-def shown(image, side=320):
-    """Return the image as a figure shows it: the long side at so many pixels."""
-    scale = side / max(image.shape[1:])
-    h, w = (max(1, round(length * scale)) for length in image.shape[1:])
-    return resize(image, h, w)
-
-
-# ---- figures ----
-
-
-def save_figure(figure, path, **options):
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100, **options))
-
-
-def draw_panels(rows, path, note):
-    """Draw rows of {title: panel} as a PNG; more than nine panels a row take several lines."""
-    lines = math.ceil(len(rows[0]) / 9)
-    columns = math.ceil(len(rows[0]) / lines)
-    ratios = []  # of each line's height to its panels' width
-    for row in rows:
-        h, w, _ = next(iter(row.values())).shape
-        ratios += [min(4, max(0.2, h / w))] * lines
-    height = sum(1.45 * ratio + 0.25 for ratio in ratios) + 0.4
-    figure = Figure(figsize=(1.45 * columns, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.04, wspace=0, hspace=0)
-    axes = figure.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios)
-    for axis in axes.flat:
-        axis.axis("off")
-    axes = rearrange(axes, "(rows lines) columns -> rows (lines columns)", lines=lines)
-    for row, places in zip(rows, axes):
-        for axis, (title, pixels) in zip(places, row.items()):
-            axis.imshow(pixels.numpy())
-            axis.set_title(title, fontsize=8, pad=3)
-    figure.supxlabel(note, fontsize=8, wrap=True)
-    save_figure(figure, path, pil_kwargs={"optimize": True})
 
 
 def draw_attention(backbone, images, path, sizes=(None,), mass=0.6, smooth=False):
@@ -203,19 +131,19 @@ def draw_curve(axis, lines, title, curves, levels=()):
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def side_by_side(backbone, frames, short=None, mass=0.6, smooth=False):
+def side_by_side(backbone, film, short=None, mass=0.6, smooth=False):
     """Yield (PIL image, milliseconds): each frame, its mean map and its mask beside one another.
 
     All are of the first frame's size.
     """
-    size = None
-    for i, (image, duration) in enumerate(frames):
+    size, start = None, time.monotonic()
+    for i, (_, image, duration) in enumerate(film):
         size = size or image.shape[1:]
         image = resize(image, *size)
         row = panels(image, *attend(backbone, image, short), mass, smooth)
         pixels = torch.cat([row["image"], row["mean of heads"], row["mask"]], 1)
         yield Image.fromarray(pixels.numpy()), duration
-        status(f"frame {i + 1}")
+        progress("frames", i + 1, len(film), start)
 
 
 # ---- the command ----
@@ -286,7 +214,7 @@ def draw_source(backbone, source, args, written):
         if args.panels or len(args.size) > 1:
             raise ValueError("of a film neither --panels nor several --size can be drawn")
         place = place_for(source, source, ".gif", args.output, written)
-        film = frames(source, args.fps)
+        film = Film(source, args.fps)
         write_gif(side_by_side(backbone, film, args.size[0], args.mass, args.smooth), place)
         say(f"{source} -> {place}")
         return
@@ -310,11 +238,7 @@ def main(args):
         return
     check(args)
     loaded = load_backbone(args.checkpoint, args.network, args.heads)
-    backbone = loaded.backbone
-    if not isinstance(backbone, ViT):
-        kind = describe(backbone)
-        raise ValueError(f"{args.checkpoint} is a {kind}: a convnet has no attention to draw")
-    backbone.to(usable_device(args.device))
+    backbone = require_vit(loaded.backbone, args.checkpoint).to(usable_device(args.device))
     say(loaded.description)
     written = set()
     for source in args.images:

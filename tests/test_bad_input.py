@@ -81,6 +81,13 @@ def put_images(place):
         (place / name).mkdir(parents=True)
     (place / "text" / "readme.txt").write_text("no image")
     image.save(place / "image.png")
+    folder("sizes", 3)
+    image.resize((60, 64)).save(place / "sizes" / "2.png")
+    for name, size in (("mask", 64), ("small-mask", 32), ("no-mask", 64)):
+        mask = Image.new("L", (size, size))
+        if name != "no-mask":
+            mask.paste(1, (8, 8, 24, 24))
+        mask.save(place / f"{name}.png")
     (place / "text.jpg").write_text("no image")
     (place / "film.mp4").write_text("no image")
     (place / "bomb.png").write_bytes(png(100_000, 100_000))
@@ -183,6 +190,29 @@ OTHERS = [
     ("segment.py masks bare.pth --data good --size 0", "--size 0 must be positive"),
     ("segment.py masks bare.pth --data good --mass 1.5", "--mass 1.5 must not be above 1"),
     ("segment.py masks resnet.pth --data good", "a convnet has no attention"),
+    ("segment.py masks bare.pth --data good --masks nowhere", "no images below 'nowhere'"),
+    ("segment.py masks bare.pth --data few --masks good/train", "no image below 'few' has a mask"),
+    ("segment.py video bare.pth few", "give the first frame's mask with --mask"),
+    ("segment.py video bare.pth few --mask nowhere.png", "cannot read the mask 'nowhere.png'"),
+    ("segment.py video bare.pth few --mask image.png", "'image.png' is no mask"),
+    ("segment.py video bare.pth few --mask no-mask.png", "the first mask shows no object"),
+    ("segment.py video bare.pth few --mask small-mask.png",
+     "the first frame is of 64 x 64 pixels, the mask of 32 x 32"),
+    ("segment.py video bare.pth sizes --mask mask.png",
+     "frame 3 is of 60 x 64 pixels, the mask of 64 x 64"),
+    ("segment.py video bare.pth image.png --mask mask.png", "'image.png' has one frame"),
+    ("segment.py video bare.pth film.mp4 --mask mask.png", "a film is read as a GIF or a folder"),
+    ("segment.py video bare.pth empty --mask mask.png", "no images below 'empty'"),
+    ("segment.py video bare.pth bad --mask mask.png", "none could be read"),
+    ("segment.py video bare.pth few --mask mask.png --nearest 0", "--nearest 0 must be at least 1"),
+    ("segment.py video bare.pth few --mask mask.png --fps 0", "--fps 0.0 must be positive"),
+    ("segment.py video bare.pth few --mask mask.png --output image.png", "image.png"),
+    ("segment.py video resnet.pth few --mask mask.png", "a convnet has no attention and no patch"),
+    ("segment.py davis resnet.pth --data shapes", "a convnet has no attention and no patch"),
+    ("segment.py davis bare.pth --data good", "'good' is not in DAVIS's layout"),
+    ("segment.py davis --data shapes", "give a checkpoint, or --results"),
+    ("segment.py davis --results few", "give --data, the sequences that the results belong to"),
+    ("segment.py davis --data shapes --results nowhere", "a result is missing: 'nowhere/film 1/"),
     ("evaluate.py knn bare.pth --data good --output text.jpg", "text.jpg"),
     ("evaluate.py knn bare.pth --data bad", "none of 22 images can be read"),
     ("evaluate.py knn bare.pth --data good --k 0", "--k [0] must be positive"),

@@ -20,7 +20,7 @@ from augment import normalize
 from backbone import architecture, build_backbone, resnet50
 from data import Order
 from evaluate import choose_labelled, fit_heads, knn, knn_of, open_splits, score
-from features import Crops, Extraction, center_crop, extract, represent
+from features import Crops, Extraction, center_crop, extract, fit_to_patches, represent
 from shapes import Shapes
 from train import Network
 from vit import ViT
@@ -189,7 +189,7 @@ def test_a_strip_takes_no_more_memory_than_its_middle_needs(monkeypatch):
     monkeypatch.setattr(features, "resize", lambda *args: resized.append(args))
     assert center_crop(strip, 224).shape == (3, 224, 224) and not resized
     with pytest.raises(ValueError, match="more than 65536 patches"):
-        segment.fit_to_patches(strip, 68, 4)
+        fit_to_patches(strip, 68, 4)
 
 
 # ---- the linear probe ----
@@ -384,7 +384,7 @@ import functools, json, sys, contextlib, evaluate, protocol, segment
 with protocol.processes("cpu") as joined:
     protocol.processes = lambda name: contextlib.nullcontext(joined)
     for flags in json.loads(sys.argv[1]):
-        command = segment if flags[0] == "masks" else evaluate
+        command = segment if flags[0] in ("masks", "davis") else evaluate
         command.main(command.parse_args(flags))
 """
 
@@ -408,11 +408,12 @@ def test_two_processes_print_what_one_prints(folder, checkpoint, tmp_path, capsy
         ["knn", *same, "--k", "3", "30", "--cache", *reading, "6"],
         ["knn", *same, "--k", "4", "--data", str(folder / "val"), "--cache", *reading, "6"],
         ["masks", *same, "--size", "16"],
+        ["davis", *same, "--data", "shapes", "--size", "16", "--context", "1"],
         ["linear", *same, "--epochs", "3", *reading, "6"],
         ["linear", *same, "--cached", "--epochs", "3", *reading, "6"],
     ]
     for flags in commands:
-        command = segment if flags[0] == "masks" else evaluate
+        command = segment if flags[0] in ("masks", "davis") else evaluate
         command.main(command.parse_args(flags))
     alone = capsys.readouterr().out
     for path in out.glob("features-*"):
@@ -428,7 +429,7 @@ def test_two_processes_print_what_one_prints(folder, checkpoint, tmp_path, capsy
     assert result.stdout == alone and "left out" in alone
     assert "11 queries against 12 images" in alone and "11 queries against 10 images" in alone
     lines = [json.loads(line) for line in (out / "evaluate.jsonl").read_text().splitlines()]
-    for one, two in zip(lines[:5], lines[5:], strict=True):
+    for one, two in zip(lines[:6], lines[6:], strict=True):
         assert one.pop("seconds") >= 0 and two.pop("seconds") >= 0
         assert one.pop("loss", []) == pytest.approx(two.pop("loss", []), rel=1e-5)
         assert one == two

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import terminal
-from checkpoint import write_whole
+from files import write_whole
 
 LOADER = "Caught RuntimeError in DataLoader worker process 0.\n"
 SHM = "unable to allocate shared memory(shm) for file </torch_7_1_0>: No space left on device (28)"

@@ -7,9 +7,11 @@ import weakref
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 
 import film
+import pictures
 import segment
 import train
 import visualize
@@ -80,7 +82,7 @@ def test_a_bright_square_is_found_where_it_is(smooth, top, left):
     image = square(517, 333, top, left, 40)
     maps, covered = visualize.attend(bright(), image, 333)
     assert maps.shape == (2, 65, 42) and covered == (517 / 520, 333 / 336)
-    heat = visualize.upsample(maps, covered, 517, 333, smooth)
+    heat = pictures.upsample(maps, covered, 517, 333, smooth)
     y, x = divmod(heat[0].argmax().item(), 333)
     inside = torch.zeros(517, 333, dtype=torch.bool)
     inside[top : top + 40, left : left + 40] = True
@@ -90,7 +92,7 @@ def test_a_bright_square_is_found_where_it_is(smooth, top, left):
     assert list(panels) == ["image", "head 1", "mean of heads", "mask"]
     assert all(panel.shape == (517, 333, 3) for panel in panels.values())
     cut = panels["mask"][top + 10 : top + 30, left + 10 : min(left + 30, 333)]
-    assert (cut == 255).all() and (panels["mask"] == visualize.OUTLINE).all(-1).any()
+    assert (cut == 255).all() and (panels["mask"] == pictures.OUTLINE).all(-1).any()
     assert torch.equal(panels["mask"][200:203, :5], torch.zeros(3, 5, 3, dtype=torch.uint8))
     light = panels["head 1"].float().mean(-1)
     assert light[inside].mean() > 3 * light[~inside].mean()
@@ -99,10 +101,10 @@ def test_a_bright_square_is_found_where_it_is(smooth, top, left):
 def test_blocks_are_the_map_itself_and_smooth_lies_between():
     maps = torch.rand(3, 4, 6)
     blocks = maps.repeat_interleave(8, 1).repeat_interleave(8, 2)
-    assert torch.equal(visualize.upsample(maps, (1.0, 1.0), 32, 48), blocks)
-    part = visualize.upsample(maps, (29 / 32, 43 / 48), 29, 43)
+    assert torch.equal(pictures.upsample(maps, (1.0, 1.0), 32, 48), blocks)
+    part = pictures.upsample(maps, (29 / 32, 43 / 48), 29, 43)
     assert torch.equal(part, blocks[:, :29, :43])
-    smooth = visualize.upsample(maps, (1.0, 1.0), 4 * 9, 6 * 9, True)
+    smooth = pictures.upsample(maps, (1.0, 1.0), 4 * 9, 6 * 9, True)
     torch.testing.assert_close(smooth[:, 4::9, 4::9], maps)
     torch.testing.assert_close(smooth[:, 4, 5:40:9], (8 * maps[:, 0, :4] + maps[:, 0, 1:5]) / 9)
 
@@ -212,13 +214,14 @@ def test_a_film_that_is_cut_short_ends_where_it_is_cut(checkpoint, tmp_path, cap
 
 def axes_of(draw, monkeypatch, path):
     """The axes of what draw() saves, {title: axis}."""
-    figures, real = [], visualize.Figure
+    figures, real = [], Figure
 
     def record(*args, **flags):
         figures.append(real(*args, **flags))
         return figures[-1]
 
-    monkeypatch.setattr(visualize, "Figure", record)
+    for module in (pictures, visualize):
+        monkeypatch.setattr(module, "Figure", record)
     draw()
     assert Image.open(path).size[0] > 500 and path.stat().st_size < 500_000
     return {axis.get_title(): axis for axis in figures[0].axes}
@@ -279,9 +282,9 @@ def test_training_keeps_attention_at_log_spaced_steps_through_a_resume_and_draws
     steps = [f"step {i}" for i in (1, 2, 4, 8, 11)]
     assert len(strip) == 4 and list(strip[0]) == ["image", "before training", *steps]
     maps, covered = whole[8][2]
-    image = visualize.shown(few_images(load(str(tmp_path / "in")))[2])
-    heat = visualize.upsample(maps.mean(0, keepdim=True), covered, *image.shape[1:])[0]
-    assert torch.equal(strip[2]["step 8"], visualize.overlay(image, heat))
+    image = pictures.shown(few_images(load(str(tmp_path / "in")))[2])
+    heat = pictures.upsample(maps.mean(0, keepdim=True), covered, *image.shape[1:])[0]
+    assert torch.equal(strip[2]["step 8"], pictures.overlay(image, heat))
     tests = [line for line in read_log(tmp_path / "whole" / "log.jsonl") if "knn" in line]
     assert [line["step"] for line in tests] == [0, 5, 10]
     assert tests[0]["knn"] == tests[0]["knn_student"]

@@ -133,3 +133,73 @@ def multi_crop(local_crops=8):
 
 def pil_blur(image):
     return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))
+
+
+def carry_labels(features, first, grid, context=7, radius=12, nearest=5, temperature=0.1):
+    """Labels carried through a film: features [n, d] of each frame and the first frame's labels
+    [n, c] -> each further frame's [n, c]. The whole matrix of affinities, one entry at a time.
+    """
+    h, w = grid
+    labels = [first]
+    for t in range(1, len(features)):
+        sources = [0, *range(max(1, t - context), t)]
+        frame = []
+        for i in range(h * w):
+            affinities = []
+            for s in sources:
+                for j in range(h * w):
+                    down, right = abs(i // w - j // w), abs(i % w - j % w)
+                    if radius == 0 or (down <= radius and right <= radius):
+                        cosine = (features[t][i] @ features[s][j]).item()
+                        affinities.append((math.exp(cosine / temperature), s, j))
+            affinities = sorted(affinities, reverse=True)[:nearest]
+            total = sum(affinity for affinity, _, _ in affinities)
+            frame.append(sum(affinity / total * labels[s][j] for affinity, s, j in affinities))
+        labels.append(torch.stack(frame))
+    return labels[1:]
+
+
+def boundary(mask):
+    """Where a mask's pixel differs from its neighbours to the right, below and right below."""
+    h, w = len(mask), len(mask[0])
+    edges = [[False] * w for _ in range(h)]
+    for y in range(h):
+        for x in range(w):
+            if y < h - 1 and x < w - 1:
+                neighbours = mask[y][x + 1], mask[y + 1][x], mask[y + 1][x + 1]
+            elif y < h - 1:
+                neighbours = (mask[y + 1][x],)
+            elif x < w - 1:
+                neighbours = (mask[y][x + 1],)
+            else:
+                neighbours = ()
+            edges[y][x] = any(neighbour != mask[y][x] for neighbour in neighbours)
+    return edges
+
+
+def region_and_contour(result, truth, void):
+    """(J, F) of two masks, lists of rows of bools, outside void pixels."""
+    h, w = len(truth), len(truth[0])
+    pixels = [(y, x) for y in range(h) for x in range(w)]
+    result = [[result[y][x] and not void[y][x] for x in range(w)] for y in range(h)]
+    truth = [[truth[y][x] and not void[y][x] for x in range(w)] for y in range(h)]
+    both = sum(result[y][x] and truth[y][x] for y, x in pixels)
+    either = sum(result[y][x] or truth[y][x] for y, x in pixels)
+    region = both / either if either else 1.0
+
+    radius = math.ceil(0.008 * math.sqrt(h * h + w * w))
+    found, wanted = boundary(result), boundary(truth)
+    found = [(y, x) for y, x in pixels if found[y][x]]
+    wanted = [(y, x) for y, x in pixels if wanted[y][x]]
+    if not found and not wanted:
+        return region, 1.0
+    if not found or not wanted:
+        return region, 0.0
+
+    def near(y, x, points):
+        return any((y - v) ** 2 + (x - u) ** 2 <= radius**2 for v, u in points)
+
+    precision = sum(near(y, x, wanted) for y, x in found) / len(found)
+    recall = sum(near(y, x, found) for y, x in wanted) / len(wanted)
+    together = precision + recall
+    return region, 2 * precision * recall / together if together else 0.0

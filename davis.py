@@ -1,0 +1,283 @@
+"""Video object segmentation as DAVIS measures it (section 4.2.2, Table 5): the figures J and F.
+
+    python segment.py davis CKPT --data path/to/DAVIS            each object from its first mask
+    python segment.py davis --data path/to/DAVIS --results DIR   what another tool has written
+    python segment.py davis CKPT --data shapes                   built-in films
+
+J is the Jaccard index of a result and the truth, F the harmonic mean of precision and recall of
+their boundaries, each over the frames without the first and the last, where void pixels (255) do
+not count. Of each, the mean, the recall (share of frames above 0.5) and the decay (mean of the
+first quarter less that of the last) are averaged over the objects of all sequences. Beside them
+stands what costs nothing: the first mask copied to every frame. Masks are uint8 [h, w].
+"""
+
+import math
+import time
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from backbone import require_vit
+from decode import read_image
+from distributed import combine, in_turn
+from features import usual_size
+from film import names_in
+from masks import VOID, numbers_in, read_mask, voc_palette, write_mask
+from propagation import carry_mask, propagation
+from shapes import ShapesFilm
+from terminal import progress, say
+
+SHAPES_FILMS = 20
+LISTS = {  # the benchmark's year -> where the names of its sequences stand
+    2017: ("ImageSets/2017/val.txt",),
+    2016: ("ImageSets/2016/val.txt", "ImageSets/480p/val.txt"),
+}
+
+
+# ---- the figures ----
+
+
+def region_similarity(result, truth, void):
+    """J, the Jaccard index outside void: masks bool [o, h, w] -> [o]; 1 where both are empty."""
+    result, truth = result & ~void, truth & ~void
+    intersection = (result & truth).sum((1, 2)).double()
+    union = (result | truth).sum((1, 2)).double()
+    return torch.where(union > 0, intersection / union, 1.0)
+
+
+def boundary(masks):
+    """The pixels of bool [o, h, w] that differ from the one to the right, below, or right below.
+
+    In the last row only the right one counts, in the last column only the one below.
+    """
+    around = F.pad(masks.byte(), (0, 1, 0, 1))  # reads past the edge; set below
+    right, below = around[:, :-1, 1:] > 0, around[:, 1:, :-1] > 0
+    corner = around[:, 1:, 1:] > 0
+    edges = (masks ^ right) | (masks ^ below) | (masks ^ corner)
+    edges[:, -1] = masks[:, -1] ^ right[:, -1]
+    edges[:, :, -1] = masks[:, :, -1] ^ below[:, :, -1]
+    edges[:, -1, -1] = False
+    return edges
+
+
+def dilate(edges, radius):
+    """Grow bool [o, h, w] by a disk, x^2 + y^2 <= radius^2."""
+    grown = torch.zeros_like(edges)
+    h = edges.shape[1]
+    for y in range(-radius, radius + 1):
+        x = math.isqrt(radius**2 - y**2)
+        row = F.max_pool2d(edges.float(), (1, 2 * x + 1), 1, (0, x)) > 0  # 2 x + 1 pixels wide
+        grown[:, max(0, y) : h + min(0, y)] |= row[:, max(0, -y) : h + min(0, -y)]
+    return grown
+
+
+def contour_accuracy(result, truth, void):
+    """F, how well boundaries agree within 0.8 % of the diagonal: masks bool [o, h, w] -> [o]."""
+    radius = math.ceil(0.008 * math.hypot(*truth.shape[1:]))
+    result, truth = boundary(result & ~void), boundary(truth & ~void)
+    in_result, in_truth = result.sum((1, 2)).double(), truth.sum((1, 2)).double()
+    precision = (result & dilate(truth, radius)).sum((1, 2)) / in_result
+    recall = (truth & dilate(result, radius)).sum((1, 2)) / in_truth
+    precision = torch.where(in_result > 0, precision, 1.0)  # no boundary: nothing is wrong
+    recall = torch.where(in_truth > 0, recall, 1.0)
+    both = precision + recall
+    return torch.where(both > 0, 2 * precision * recall / both, 0.0)
+
+
+def compare(result, truth, numbers):
+    """J and F of each numbered object: masks [h, w] -> [o, 2]. ValueError: the sizes differ."""
+    if result.shape != truth.shape:
+        (h, w), (height, width) = result.shape, truth.shape
+        raise ValueError(f"a mask of {w} x {h} pixels, the truth of {width} x {height}")
+    void = truth == VOID
+    result = torch.stack([result == number for number in numbers])
+    truth = torch.stack([truth == number for number in numbers])
+    both = region_similarity(result, truth, void), contour_accuracy(result, truth, void)
+    return torch.stack(both, 1)
+
+
+def summarize(values):
+    """Mean, recall and decay over frames: [frames, o, 2] -> [o, 2, 3]."""
+    cuts = torch.linspace(1, len(values), 5, dtype=torch.double)
+    cuts = ((cuts + 1e-10).round().long() - 1).tolist()
+    first, last = values[: cuts[1] + 1], values[cuts[3] :]
+    figures = values.mean(0), (values > 0.5).double().mean(0), first.mean(0) - last.mean(0)
+    return torch.stack(figures, -1)
+
+
+def score(sequence, masks):
+    """Compare a mask for each frame with the truth: [o, 2, 3], of J and F mean, recall, decay.
+
+    masks: an iterable of masks from the first frame on; the first and the last are not looked at.
+    """
+    values = []
+    for t, mask in enumerate(masks):
+        if 0 < t < len(sequence) - 1:
+            values.append(compare(mask, sequence.mask(t), sequence.numbers))
+    return summarize(torch.stack(values))
+
+
+# ---- the sequences ----
+
+
+class Sequence:
+    """A video with a mask for each frame: sequence[t] is uint8 [3, h, w].
+
+    merged: all objects are one, as in DAVIS 2016. ValueError: fewer than three frames, a frame
+    without a mask, or a first mask without an object.
+    """
+
+    def __init__(self, frames, masks, merged=False):
+        self.name, self.frames, self.masks, self.merged = frames.name, frames, masks, merged
+        for folder in (frames, masks):
+            if not folder.is_dir():
+                raise ValueError(f"sequence {self.name!r}: there is no folder {str(folder)!r}")
+        self.paths = names_in(frames)
+        if len(self) < 3:
+            raise ValueError(f"sequence {self.name!r} has fewer than three frames")
+        for t in range(len(self)):
+            path = masks / self.mask_name(t)
+            if not path.exists():
+                raise ValueError(f"sequence {self.name!r}: there is no mask {str(path)!r}")
+        self.numbers = numbers_in(self.mask(0))
+        if not self.numbers:
+            raise ValueError(f"sequence {self.name!r}: its first mask shows no object")
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, t):
+        return read_image(self.frames / self.paths[t])
+
+    def mask_name(self, t):
+        return Path(self.paths[t]).stem + ".png"
+
+    def mask(self, t):
+        return read_objects(self.masks / self.mask_name(t), self.merged)
+
+
+def read_objects(path, merged):
+    """Read a mask, with all its objects as one if they are merged."""
+    mask, _ = read_mask(path)
+    return torch.where((mask > 0) & (mask < VOID), 1, mask) if merged else mask
+
+
+def open_sequences(data, year=2017):
+    """Open the validation sequences of a folder in DAVIS's layout, or the built-in films.
+
+    ValueError: no such folder, list or sequence.
+    """
+    if data == "shapes":
+        return [ShapesFilm(film) for film in range(SHAPES_FILMS)]
+    root = Path(data)
+    found = [root / path for path in LISTS[year] if (root / path).exists()]
+    if not found:
+        raise ValueError(f"{data!r} is not in DAVIS's layout: no {' or '.join(LISTS[year])} in it")
+    sequences = []
+    for line in found[0].read_text().splitlines():
+        if line.strip():  # a name; DAVIS 2016 lists the files of each frame
+            first = Path(line.split()[0])
+            name = first.parent.name if first.suffix else first.name
+            if name not in [sequence.name for sequence in sequences]:
+                folders = root / "JPEGImages/480p" / name, root / "Annotations/480p" / name
+                sequences.append(Sequence(*folders, merged=year == 2016))
+    return sequences
+
+
+# ---- the command ----
+
+
+def copied(sequence):
+    """Yield the first mask for each frame."""
+    for _ in range(len(sequence)):
+        yield sequence.mask(0)
+
+
+def carried(sequence, backbone, short, how, folder=None):
+    """Yield each frame's mask as the backbone carries it. folder: where it is also written."""
+    images = (sequence[t] for t in range(len(sequence)))
+    for t, mask in enumerate(carry_mask(backbone, images, sequence.mask(0), short, how)):
+        if folder:
+            place = folder / sequence.name
+            place.mkdir(parents=True, exist_ok=True)
+            write_mask(place / sequence.mask_name(t), mask, voc_palette())
+        yield mask
+
+
+def written(sequence, folder):
+    """Yield the masks that another tool has written, the first frame's true one before them.
+
+    ValueError: one is missing, or numbers an object that the first frame lacks.
+    """
+    yield sequence.mask(0)
+    for t in range(1, len(sequence) - 1):
+        path = folder / sequence.name / sequence.mask_name(t)
+        if not path.exists():
+            raise ValueError(f"a result is missing: {str(path)!r}")
+        mask = read_objects(path, sequence.merged)
+        if max(numbers_in(mask), default=0) > max(sequence.numbers):
+            raise ValueError(f"{str(path)!r} numbers an object that the first frame does not have")
+        yield mask
+
+
+def choose_methods(args, subject):
+    """{name: function of a sequence that yields its masks}: copied, and what is to be measured."""
+    methods = {"copied": copied}
+    if args.results:
+        methods["results"] = partial(written, folder=args.results)
+        return methods
+    require_vit(subject.backbone, args.checkpoint)
+    short, how = args.size or usual_size(subject.backbone), propagation(args)
+    for name, network in subject.networks(args.untrained).items():
+        folder = args.write if name == "trained" else None
+        methods[name] = partial(carried, backbone=network, short=short, how=how, folder=folder)
+    return methods
+
+
+def evaluate_davis(args, subject):
+    """Carry, or read, the masks of all sequences: print their figures, and return the means."""
+    sequences = in_turn(lambda: open_sequences(subject.data, args.year))
+    methods = choose_methods(args, subject)
+    rank, world = subject.rank, subject.world
+    total = len(methods) * sum(len(sequence) for sequence in sequences[rank::world])
+    start, done = time.monotonic(), count(1)
+
+    def counted(masks):
+        for mask in masks:
+            progress("frames", next(done), total, start)
+            yield mask
+
+    sums = torch.zeros(len(sequences), len(methods), 2, 3, dtype=torch.double)  # over objects
+    for i in range(rank, len(sequences), world):
+        for m, masks in enumerate(methods.values()):
+            sums[i, m] = score(sequences[i], counted(masks(sequences[i]))).sum(0)
+    sums = 100 * combine(sums, world)
+
+    objects = torch.tensor([len(sequence.numbers) for sequence in sequences])
+    frames = sum(len(sequence) for sequence in sequences)
+    say(f"{subject.data}: {len(sequences)} sequences, {objects.sum()} objects, {frames} frames")
+    say(f"{'in %':20}{'':10}     J&F      J  recall   decay      F  recall   decay")
+    for sequence, total, number in zip(sequences, sums, objects):
+        say_rows(sequence.name, methods, total / number)
+    means = sums.sum(0) / objects.sum()
+    say_rows("mean over objects", methods, means)
+    results = {"sequences": len(sequences), "objects": objects.sum().item()}
+    results |= {"results": args.results and str(args.results)}
+    return results | {name: figures(mean) for name, mean in zip(methods, means)}
+
+
+def figures(mean):
+    """Name what score() gives: [2, 3] -> {"J&F": ..., "J": ..., "J_recall": ..., ...}."""
+    names = "J J_recall J_decay F F_recall F_decay".split()
+    return {"J&F": mean[:, 0].mean().item()} | dict(zip(names, mean.flatten().tolist()))
+
+
+def say_rows(title, methods, means):
+    """Print a row of figures for each method."""
+    for name, mean in zip(methods, means):
+        row = "".join(f"{value:8.1f}" for value in figures(mean).values())
+        say(f"{title:20}{name:10}{row}")
+        title = ""

@@ -1,0 +1,66 @@
+"""Files that are written whole: beside their place first, and then moved there."""
+
+import contextlib
+import errno
+import os
+import shutil
+from pathlib import Path
+
+
+def write_whole(path, write):
+    """Call write(file) on a file beside path, which then takes its place.
+
+    OSError: it could not be written, and path is as it was before.
+    """
+    beside = f"{path}.tmp"
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            length = file.tell()
+        arrived = os.path.getsize(beside)
+        if arrived != length:
+            raise OSError(f"{arrived} of {length} bytes arrived")
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        # torch's writer turns what interrupts it into an error of its own: the system's, but also
+        # the death of a loader's process, which may show anywhere
+        of_the_writer = isinstance(error, OSError) or "inline_container" in str(error)
+        if not of_the_writer or "DataLoader" in f"{error} {error.__context__}":
+            raise
+        reason = str(error).splitlines()[0]
+        full = " (is the disk full?)" if is_full(error) else ""
+        line = f"cannot write {path}{full}: {reason}; what was there before stands"
+        raise OSError(line) from None
+    if os.name == "posix":
+        folder = os.open(Path(path).parent, os.O_RDONLY)
+        os.fsync(folder)  # the move itself
+        os.close(folder)
+
+
+def is_full(error):
+    """Whether an error says that no more can be written: torch's writer hides the number."""
+    number = getattr(error, "errno", None) or getattr(error.__context__, "errno", None)
+    return number in (None, errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def whole_folder(path):
+    """Yield a folder beside path. At the end its files are moved into path; on an error, none is.
+
+    OSError: it could not be written.
+    """
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        path.mkdir(exist_ok=True)
+        for file in beside.iterdir():
+            os.replace(file, path / file.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

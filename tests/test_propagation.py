@@ -1,0 +1,202 @@
+"""Labels carried through a film, against a plain rewriting and by the command."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageSequence
+
+import propagation
+import segment
+from augment import normalize, resize
+from backbone import build_backbone
+from masks import read_mask, voc_palette, write_mask
+from propagation import Propagation, carry_mask, harden, mix_labels
+from tests import textbook
+
+pytestmark = pytest.mark.usefixtures("several_blocks")
+
+
+def moving_film(length, h=24, w=32, step=2):
+    """Frames that move by so many pixels over one random pattern."""
+    pattern = torch.randint(256, (3, h, w + step * length), dtype=torch.uint8)
+    return [pattern[:, :, step * t : step * t + w].contiguous() for t in range(length)]
+
+
+def mask_of(numbers, h=24, w=32):
+    """A mask with a box for each number."""
+    mask = torch.zeros(h, w, dtype=torch.uint8)
+    for i, number in enumerate(numbers):
+        mask[4 + 4 * i : 12 + 4 * i, 6 * i + 2 : 6 * i + 12] = number
+    return mask
+
+
+SETTINGS = [
+    Propagation(),
+    Propagation(context=2, radius=1),
+    Propagation(radius=0, nearest=3),
+    Propagation(radius=2, nearest=100, temperature=0.5),
+]
+
+
+@pytest.mark.parametrize("how", SETTINGS)
+@pytest.mark.parametrize("most", [2**24, 1])
+def test_soft_labels_are_the_plain_rewritings(how, most, monkeypatch):
+    """In one block, and in blocks of one row."""
+    monkeypatch.setattr(propagation, "MOST_AFFINITIES", most)
+    h, w = 5, 7
+    features = F.normalize(torch.randn(4, h, w, 16, dtype=torch.double), dim=-1)
+    labels = [torch.rand(h, w, 3, dtype=torch.double).softmax(-1)]
+    flat = list(rearrange(features, "s h w d -> s (h w) d"))
+    first = rearrange(labels[0], "h w c -> (h w) c")
+    wanted = textbook.carry_labels(flat, first, (h, w), *how)
+    for t in range(1, 4):
+        sources = [0, *range(max(1, t - how.context), t)]
+        keys = torch.stack([features[s] for s in sources]).float()
+        known = torch.stack([labels[s] for s in sources]).float()
+        got = mix_labels(features[t].float(), keys, known, how)
+        labels.append(got.double())
+        wanted_now = rearrange(wanted[t - 1], "(h w) c -> h w c", h=h)
+        assert (got - wanted_now).abs().max() < 1e-5
+
+
+def plain_masks(backbone, frames, first, size, how):
+    """Each further frame's mask in float64, and where two labels are so close that either will do.
+    """
+    p, (h, w) = backbone.patch, (side // backbone.patch for side in size)
+    backbone = backbone.double()
+    features = []
+    for frame in frames:
+        x = normalize(resize(frame, *size)[None].double() / 255)
+        features.append(F.normalize(backbone.tokens(x)[0, 0, 1:], dim=-1).detach())
+    backbone.float()
+    numbers = sorted({0, *first.flatten().tolist()} - {255})
+    small = Image.fromarray(first.numpy()).resize((w, h), Image.NEAREST)
+    small = torch.from_numpy(np.array(small)).flatten()
+    small[small == 255] = 0
+    start = torch.stack([small == number for number in numbers], 1).double()
+    masks = []
+    for soft in textbook.carry_labels(features, start, (h, w), *how):
+        maps = F.interpolate(soft.T.reshape(1, -1, h, w), scale_factor=p, mode="bilinear")[0]
+        for one in maps:
+            if one.max() > one.min():
+                one.copy_((one - one.min()) / (one.max() - one.min()))
+        best = maps.topk(2, 0).values
+        found = []
+        for pixels in (maps.argmax(0), best[0] - best[1] < 1e-4):
+            pixels = Image.fromarray(pixels.numpy().astype(np.uint8))
+            pixels = np.array(pixels.resize(first.shape[::-1], Image.NEAREST))
+            found.append(torch.from_numpy(pixels).long())
+        masks.append((torch.tensor(numbers, dtype=torch.uint8)[found[0]], found[1] > 0))
+    return masks
+
+
+@pytest.mark.parametrize("numbers", [[1], [1, 2, 3], [3, 7, 200], [2, 255]])
+@pytest.mark.parametrize("how", SETTINGS[:2])
+def test_masks_are_the_plain_rewritings(numbers, how):
+    """One object and three, a gap in their numbers, void pixels; a film shorter than the context.
+
+    24 x 34 pixels at a short side of 24, patch 4, are seen as 24 x 32.
+    """
+    backbone = build_backbone("vit_micro", 4, 16).eval()
+    frames, first = moving_film(4, w=34), mask_of(numbers, w=34)
+    got = list(carry_mask(backbone, frames, first, 24, how))
+    assert torch.equal(got[0], first)
+    for one, (wanted, tied) in zip(got[1:], plain_masks(backbone, frames, first, (24, 32), how)):
+        assert tied.float().mean() < 0.1 and torch.equal(one[~tied], wanted[~tied])
+    assert set(got[-1].unique().tolist()) <= {0, *numbers} - {255}
+
+
+def test_a_mask_follows_what_moves():
+    """The pattern moves by a patch a frame, and no position tells where a patch was."""
+    backbone = build_backbone("vit_micro", 4, 16).eval()
+    torch.nn.init.zeros_(backbone.pos_embed)
+    frames, first = moving_film(4, step=4), torch.zeros(24, 32, dtype=torch.uint8)
+    first[8:16, 16:28] = 1
+    *_, last = carry_mask(backbone, frames, first, 24)
+    moved = first.roll(-12, 1)
+    assert (last == moved).float().mean() > 0.95 > (first == moved).float().mean()
+
+
+def test_a_label_that_fills_the_frame_stays():
+    full = torch.zeros(3, 4, 2)
+    full[..., 1] = 1
+    assert (harden(full, 4, (12, 16)) == 1).all()
+
+
+def test_frames_are_whole_patches_and_at_480_as_the_reference_code_has_them():
+    image = torch.zeros(3, 480, 854, dtype=torch.uint8)
+    assert propagation.frame_size(image, 480, 16) == (480, 832)
+    assert propagation.frame_size(image, 480, 8) == (480, 832)
+    assert propagation.frame_size(image.mT, 480, 16) == (832, 480)
+    assert propagation.frame_size(image, 68, 4) == (68, 120)
+    assert propagation.frame_size(image, 70, 4) == (68, 124)
+
+
+def test_only_the_first_frame_and_the_context_are_sources(monkeypatch):
+    backbone, used = build_backbone("vit_micro", 8, 16).eval(), []
+
+    def spy(query, keys, labels, how):
+        used.append(len(keys))
+        return mix_labels(query, keys, labels, how)
+
+    monkeypatch.setattr(propagation, "mix_labels", spy)
+    frames = (torch.randint(256, (3, 16, 16), dtype=torch.uint8) for _ in range(12))
+    assert sum(1 for _ in carry_mask(backbone, frames, mask_of([1], 16, 16), 16)) == 12
+    assert used == [1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8]
+
+
+# ---- the command ----
+
+
+@pytest.fixture
+def film(tmp_path):
+    """A folder of frames, its first mask with a palette of its own, and a checkpoint."""
+    (tmp_path / "frames").mkdir()
+    frames = [Image.fromarray(rearrange(f, "c h w -> h w c").numpy()) for f in moving_film(5)]
+    for t, frame in enumerate(frames):
+        frame.save(tmp_path / "frames" / f"{t + 7}.png")
+    palette = [0, 0, 0, 10, 20, 30, 40, 50, 60]
+    write_mask(tmp_path / "first.png", mask_of([1, 2]), palette)
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:], duration=80)
+    torch.save(build_backbone("vit_micro", 4, 16).state_dict(), tmp_path / "bare.pth")
+    return tmp_path
+
+
+def run(film, *flags):
+    flags = [str(flag) for flag in flags]
+    segment.main(segment.parse_args(["video", str(film / "bare.pth"), *flags, "--device", "cpu"]))
+
+
+def test_a_film_gets_a_palette_png_a_frame_and_a_gif(film, capsys):
+    flags = "--mask", film / "first.png", "--strip", film / "strip.png", "--heads", 4
+    run(film, film / "frames", *flags)
+    out = film / "frames_masks"
+    names = [f"{t + 7}.png" for t in range(5)]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "film.gif"])
+    for name in names:
+        mask, palette = read_mask(out / name)
+        assert mask.shape == (24, 32) and palette[:9] == [0, 0, 0, 10, 20, 30, 40, 50, 60]
+    assert torch.equal(read_mask(out / "7.png")[0], mask_of([1, 2]))
+    with Image.open(out / "film.gif") as tinted:
+        assert sum(1 for _ in ImageSequence.Iterator(tinted)) == 5
+    assert Image.open(film / "strip.png").width > 500
+    assert "5 frames, 2 objects" in capsys.readouterr().out
+
+    write_mask(film / "frames" / "first.png", mask_of([1]), voc_palette())
+    run(film, film / "film.gif", *flags[:2], "--output", film / "out", "--heads", 4)
+    assert len(list((film / "out").glob("*.png"))) == 5
+
+
+def test_the_built_in_film_needs_no_mask(film, monkeypatch):
+    monkeypatch.chdir(film)
+    run(film, "shapes", "--size", 16, "--context", 1)
+    assert len(list((film / "shapes_masks").iterdir())) == 25
+
+
+def test_an_error_on_the_way_leaves_nothing(film):
+    Image.new("RGB", (30, 24)).save(film / "frames" / "9.png")
+    with pytest.raises(ValueError, match="frame 3 is of 30 x 24 pixels, the mask of 32 x 24"):
+        run(film, film / "frames", "--mask", film / "first.png")
+    assert not (film / "frames_masks").exists() and not list(film.glob("*.tmp"))
