@@ -26,7 +26,7 @@ from distributed import combine, in_turn
 from features import usual_size
 from film import names_in
 from masks import VOID, numbers_in, read_mask, voc_palette, write_mask
-from propagation import carry_mask, propagation
+from propagation import carry_mask, propagation_of
 from shapes import ShapesFilm
 from terminal import progress, say
 
@@ -64,12 +64,14 @@ def boundary(masks):
 
 
 def dilate(edges, radius):
-    """Grow bool [o, h, w] by a disk, x^2 + y^2 <= radius^2."""
+    """Grow bool [o, h, w] by a disk, x^2 + y^2 <= radius^2: row by row of the disk."""
+    h, w = edges.shape[1:]
     grown = torch.zeros_like(edges)
-    h = edges.shape[1]
+    count = F.pad(edges, (radius + 1, radius)).cumsum(2, dtype=torch.int32)
     for y in range(-radius, radius + 1):
         x = math.isqrt(radius**2 - y**2)
-        row = F.max_pool2d(edges.float(), (1, 2 * x + 1), 1, (0, x)) > 0  # 2 x + 1 pixels wide
+        upto, before = radius + 1 + x, radius - x
+        row = count[:, :, upto : upto + w] > count[:, :, before : before + w]  # 2 x + 1 pixels wide
         grown[:, max(0, y) : h + min(0, y)] |= row[:, max(0, -y) : h + min(0, -y)]
     return grown
 
@@ -230,7 +232,7 @@ def choose_methods(args, subject):
         methods["results"] = partial(written, folder=args.results)
         return methods
     require_vit(subject.backbone, args.checkpoint)
-    short, how = args.size or usual_size(subject.backbone), propagation(args)
+    short, how = args.size or usual_size(subject.backbone), propagation_of(args)
     for name, network in subject.networks(args.untrained).items():
         folder = args.write if name == "trained" else None
         methods[name] = partial(carried, backbone=network, short=short, how=how, folder=folder)
@@ -260,8 +262,8 @@ def evaluate_davis(args, subject):
     frames = sum(len(sequence) for sequence in sequences)
     say(f"{subject.data}: {len(sequences)} sequences, {objects.sum()} objects, {frames} frames")
     say(f"{'in %':20}{'':10}     J&F      J  recall   decay      F  recall   decay")
-    for sequence, total, number in zip(sequences, sums, objects):
-        say_rows(sequence.name, methods, total / number)
+    for sequence, of_objects, number in zip(sequences, sums, objects):
+        say_rows(sequence.name, methods, of_objects / number)
     means = sums.sum(0) / objects.sum()
     say_rows("mean over objects", methods, means)
     results = {"sequences": len(sequences), "objects": objects.sum().item()}

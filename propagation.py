@@ -14,13 +14,12 @@ sources are kept, however long the film is. Axes: s sources, h w patches, d widt
 """
 
 import time
-from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum, rearrange, repeat
 from PIL import Image
 
 from augment import normalize, resize
@@ -59,11 +58,12 @@ def frame_size(image, short, patch):
 
 
 @torch.inference_mode()
-def patch_features(backbone, image, size):
-    """Return the normalised patch tokens of the last block, [n, d], of uint8 [3, h, w]."""
-    x = resize(image, *size)[None].to(backbone.cls_token.device)
-    tokens = backbone.tokens(normalize(x.float() / 255))
-    return F.normalize(tokens[0, 0, 1:], dim=-1)
+def patch_features(backbone, image, short):
+    """Return the last block's patch tokens, normalised, of uint8 [3, height, width]: [h, w, d]."""
+    height, width = frame_size(image, short, backbone.patch)
+    x = resize(image, height, width)[None].to(backbone.cls_token.device)
+    tokens = backbone.tokens(normalize(x.float() / 255))[0, 0, 1:]
+    return rearrange(F.normalize(tokens, dim=-1), "(h w) d -> h w d", h=height // backbone.patch)
 
 
 def mix_labels(query, keys, labels, how):
@@ -95,39 +95,42 @@ def mix_labels(query, keys, labels, how):
 
 @torch.inference_mode()
 def carry_mask(backbone, frames, first, short, how=Propagation()):
-    """Carry the first frame's mask through a film: yield each frame's, uint8 [h, w].
+    """Carry the first frame's mask through a film: yield each frame's, uint8 [height, width].
 
-    frames: an iterable of uint8 [3, h, w], all of one size; the first mask is given back as it is.
-    What it leaves open (255) counts as background, and an object that is in the middle of no patch
-    is lost. ValueError: no object, or the sizes differ.
+    frames: an iterable of uint8 [3, height, width]; the first mask is given back as it is. What it
+    leaves open (255) counts as background, and an object that is in the middle of no patch is lost.
+    ValueError: no object, or a frame of another size than the mask.
     """
-    numbers = [0, *numbers_in(first)]
+    numbers = torch.tensor([0, *numbers_in(first)], dtype=torch.uint8)
     if len(numbers) == 1:
         raise ValueError("the first mask shows no object")
-    sources = deque(maxlen=how.context)
-    values = torch.tensor(numbers, dtype=torch.uint8)
     for t, image in enumerate(frames):
         if image.shape[1:] != first.shape:
-            h, w = first.shape
-            what = f"frame {t + 1}" if t else "the first frame"
             raise ValueError(
-                f"{what} is of {image.shape[2]} x {image.shape[1]} pixels, the mask of {w} x {h}"
+                f"frame {t + 1} is of {image.shape[2]} x {image.shape[1]} pixels, "
+                f"the first mask of {first.shape[1]} x {first.shape[0]}"
             )
+        features = patch_features(backbone, image, short)
         if t == 0:
-            size = frame_size(image, short, backbone.patch)
-            h, w = (side // backbone.patch for side in size)
-        features = rearrange(patch_features(backbone, image, size), "(h w) d -> h w d", h=h)
-        if t == 0:
-            grid = resize_mask(first, h, w)
-            grid[grid == VOID] = 0
-            labels = (grid[..., None] == values).float().to(features.device)
-            start = features, labels
+            soft = soft_labels(first, numbers, features)
+            keys = repeat(features, "h w d -> s h w d", s=1 + how.context).clone()
+            labels = repeat(soft, "h w c -> s h w c", s=1 + how.context).clone()
             yield first
             continue
-        keys, known = zip(start, *sources)
-        labels = mix_labels(features, torch.stack(keys), torch.stack(known), how)
-        sources.append((features, labels))
-        yield values[harden(labels, backbone.patch, first.shape).long().cpu()]
+        # the first frame's stay in front, and the oldest of the others makes room
+        used = 1 + min(t - 1, how.context)
+        soft = mix_labels(features, keys[:used], labels[:used], how)
+        if how.context:
+            slot = 1 + (t - 1) % how.context
+            keys[slot], labels[slot] = features, soft
+        yield numbers[harden(soft, backbone.patch, first.shape).long().cpu()]
+
+
+def soft_labels(mask, numbers, features):
+    """Return a mask's labels at the middle of each patch, one-hot: [h, w, c], as features are."""
+    grid = resize_mask(mask, *features.shape[:2])
+    grid[grid == VOID] = 0
+    return (grid[..., None] == numbers).to(features)
 
 
 def harden(labels, patch, size):
@@ -160,7 +163,7 @@ def add_propagation_flags(parser):
         help="of the affinity (the paper's: 0.1)")  # fmt: skip
 
 
-def propagation(args):
+def propagation_of(args):
     """Return the Propagation that the flags ask for. ValueError: a value that makes no sense."""
     for flag, least in (("context", 0), ("radius", 0), ("nearest", 1), ("temperature", 1e-3)):
         if not least <= getattr(args, flag) < float("inf"):
@@ -171,7 +174,7 @@ def propagation(args):
 def open_film(args):
     """Return (film, first mask, its palette). ValueError: there is none, or only one frame."""
     if args.film == "shapes":
-        film = ShapesFilm(0)
+        film = ShapesFilm(1)
         frames = [(f"{t:05}", film[t], 100) for t in range(len(film))]
     else:
         frames = Film(Path(args.film), args.fps)
@@ -206,7 +209,7 @@ def draw_strip(film, folder, palette, path):
 
 def carry_film(args):
     """Carry a mask through a film: write each frame's mask, and the film with tinted objects."""
-    how = propagation(args)
+    how = propagation_of(args)
     film, first, palette = open_film(args)
     loaded = load_backbone(args.checkpoint, args.network, args.heads)
     backbone = require_vit(loaded.backbone, args.checkpoint).to(usable_device(args.device))

@@ -99,14 +99,19 @@ def run_command(main, parse_args):
         args = parse_quietly(parse_args)
         main(args)
     except KeyboardInterrupt:
-        clear_status()
-        sys.exit(128 + signal.SIGINT)
+        end_quietly(128 + signal.SIGINT)
     except (ValueError, OSError, RuntimeError, EOFError) as error:
         line = explain(error, args)
         if line is None:
             raise
-        clear_status()
-        sys.exit(f"{Path(sys.argv[0]).name}: {line}")
+        end_quietly(f"{Path(sys.argv[0]).name}: {line}")
+
+
+def end_quietly(status):
+    """Exit. What else goes wrong then, as in a loader whose processes are gone, is not told."""
+    clear_status()
+    sys.unraisablehook = lambda unraisable: None
+    sys.exit(status)
 
 
 def parse_quietly(parse_args):

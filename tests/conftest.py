@@ -74,6 +74,7 @@ def command_here(file, *flags, out=None):
     out = out or io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         patch.setattr(sys, "argv", [file, *flags])
+        patch.setattr(sys, "unraisablehook", sys.unraisablehook)  # run_command() changes it
         with redirect_stderr(io.StringIO()) as err:
             try:
                 runpy.run_path(str(ROOT / file), run_name="__main__")

@@ -201,7 +201,7 @@ def spoil(dataset, how):
     ("no mask", "sequence 'cow': there is no mask"),
     ("no object", "sequence 'cow': its first mask shows no object"),
     ("short", "sequence 'cow' has fewer than three frames"),
-    ("sizes", "frame 4 is of 40 x 32 pixels, the mask of 32 x 32"),
+    ("sizes", "frame 4 is of 40 x 32 pixels, the first mask of 32 x 32"),
     ("mask sizes", "a mask of 32 x 32 pixels, the truth of 16 x 16"),
     ("no list", "not in DAVIS's layout"),
     ("photograph", "is no mask: neither a palette image nor a grey one"),

@@ -197,6 +197,6 @@ def test_the_built_in_film_needs_no_mask(film, monkeypatch):
 
 def test_an_error_on_the_way_leaves_nothing(film):
     Image.new("RGB", (30, 24)).save(film / "frames" / "9.png")
-    with pytest.raises(ValueError, match="frame 3 is of 30 x 24 pixels, the mask of 32 x 24"):
+    with pytest.raises(ValueError, match="frame 3 is of 30 x 24 pixels, the first mask of 32 x 24"):
         run(film, film / "frames", "--mask", film / "first.png")
     assert not (film / "frames_masks").exists() and not list(film.glob("*.tmp"))

@@ -29,6 +29,7 @@ def line_for(error, monkeypatch, **flags):
         raise error
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # run_command() changes it
     with pytest.raises(SystemExit) as end:
         terminal.run_command(fail, lambda: SimpleNamespace(**flags))
     return end.value.code
@@ -69,6 +70,26 @@ def test_out_of_memory_names_the_commands_own_flags(monkeypatch):
     assert "--accumulate" in line_for(error, monkeypatch, batch=1, accumulate=1)
     assert line_for(error, monkeypatch, batch=1) == "train.py: out of memory: lower --batch"
     assert line_for(error, monkeypatch, size=1) == "train.py: out of memory: lower --size"
+
+
+def test_a_loader_that_fails_once_more_while_the_command_ends_is_not_told(tmp_path):
+    script = tmp_path / "ends.py"
+    script.write_text("""
+from terminal import run_command
+
+class Loader:
+    def __del__(self):
+        raise RuntimeError("its process is gone")
+
+def main(args):
+    loader = Loader()
+    raise ConnectionResetError
+
+run_command(main, lambda: None)
+""")
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == f"ends.py: {terminal.LOADER_DIED}\n"
 
 
 def test_compile_without_a_compiler_is_one_line(tmp_path):
