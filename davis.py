@@ -7,24 +7,26 @@
 J is the Jaccard index of a result and the truth, F the harmonic mean of precision and recall of
 their boundaries, each over the frames without the first and the last, where void pixels (255) do
 not count. Of each, the mean, the recall (share of frames above 0.5) and the decay (mean of the
-first quarter less that of the last) are averaged over the objects of all sequences. Beside them
-stands what costs nothing: the first mask copied to every frame. Masks are uint8 [h, w].
+first quarter less that of the last) are averaged over the objects of all sequences. They stand
+beside those of the first mask copied to every frame, which needs no network.
+
+Masks are uint8 [h, w].
 """
 
 import math
 import time
+from contextlib import contextmanager
 from functools import partial
-from itertools import count
+from itertools import repeat
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from backbone import require_vit
-from decode import read_image
 from distributed import combine, in_turn
 from features import usual_size
-from film import names_in
+from film import names_in, stills
 from masks import VOID, numbers_in, read_mask, voc_palette, write_mask
 from propagation import carry_mask, propagation_of
 from shapes import ShapesFilm
@@ -67,11 +69,11 @@ def dilate(edges, radius):
     """Grow bool [o, h, w] by a disk, x^2 + y^2 <= radius^2: row by row of the disk."""
     h, w = edges.shape[1:]
     grown = torch.zeros_like(edges)
-    count = F.pad(edges, (radius + 1, radius)).cumsum(2, dtype=torch.int32)
+    so_far = F.pad(edges, (radius + 1, radius)).cumsum(2, dtype=torch.int32)
     for y in range(-radius, radius + 1):
         x = math.isqrt(radius**2 - y**2)
-        upto, before = radius + 1 + x, radius - x
-        row = count[:, :, upto : upto + w] > count[:, :, before : before + w]  # 2 x + 1 pixels wide
+        last, before = radius + 1 + x, radius - x
+        row = so_far[:, :, last : last + w] > so_far[:, :, before : before + w]  # 2 x + 1 wide
         grown[:, max(0, y) : h + min(0, y)] |= row[:, max(0, -y) : h + min(0, -y)]
     return grown
 
@@ -128,40 +130,42 @@ def score(sequence, masks):
 class Sequence:
     """A video with a mask for each frame: sequence[t] is uint8 [3, h, w].
 
-    merged: all objects are one, as in DAVIS 2016. ValueError: fewer than three frames, a frame
-    without a mask, or a first mask without an object.
+    numbers: those of the objects in its first mask. merged: all objects are one, as in DAVIS 2016.
+    ValueError: fewer than three frames, a frame without a mask, or a first mask without an object.
     """
 
     def __init__(self, frames, masks, merged=False):
-        self.name, self.frames, self.masks, self.merged = frames.name, frames, masks, merged
+        self.title = frames.name
+        self.frames, self.masks = frames, masks
+        self.merged = merged
         for folder in (frames, masks):
             if not folder.is_dir():
-                raise ValueError(f"sequence {self.name!r}: there is no folder {str(folder)!r}")
+                raise ValueError(f"there is no folder {str(folder)!r}")
         self.paths = names_in(frames)
         if len(self) < 3:
-            raise ValueError(f"sequence {self.name!r} has fewer than three frames")
+            raise ValueError("it has fewer than three frames")
         for t in range(len(self)):
             path = masks / self.mask_name(t)
             if not path.exists():
-                raise ValueError(f"sequence {self.name!r}: there is no mask {str(path)!r}")
+                raise ValueError(f"there is no mask {str(path)!r}")
         self.numbers = numbers_in(self.mask(0))
         if not self.numbers:
-            raise ValueError(f"sequence {self.name!r}: its first mask shows no object")
+            raise ValueError("its first mask shows no object (255 is void)")
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, t):
-        return read_image(self.frames / self.paths[t])
+        return next(stills(self.frames / self.paths[t]))[1]
 
     def mask_name(self, t):
         return Path(self.paths[t]).stem + ".png"
 
     def mask(self, t):
-        return read_objects(self.masks / self.mask_name(t), self.merged)
+        return read_numbers(self.masks / self.mask_name(t), self.merged)
 
 
-def read_objects(path, merged):
+def read_numbers(path, merged):
     """Read a mask, with all its objects as one if they are merged."""
     mask, _ = read_mask(path)
     return torch.where((mask > 0) & (mask < VOID), 1, mask) if merged else mask
@@ -175,100 +179,130 @@ def open_sequences(data, year=2017):
     if data == "shapes":
         return [ShapesFilm(film) for film in range(SHAPES_FILMS)]
     root = Path(data)
+    if not root.is_dir():
+        raise ValueError(f"no folder {data!r}")
     found = [root / path for path in LISTS[year] if (root / path).exists()]
     if not found:
         raise ValueError(f"{data!r} is not in DAVIS's layout: no {' or '.join(LISTS[year])} in it")
-    sequences = []
+    sequences = {}
     for line in found[0].read_text().splitlines():
-        if line.strip():  # a name; DAVIS 2016 lists the files of each frame
-            first = Path(line.split()[0])
-            name = first.parent.name if first.suffix else first.name
-            if name not in [sequence.name for sequence in sequences]:
-                folders = root / "JPEGImages/480p" / name, root / "Annotations/480p" / name
-                sequences.append(Sequence(*folders, merged=year == 2016))
-    return sequences
+        name = line.strip()
+        if "/" in name:  # DAVIS 2016 lists the files of each frame
+            name = Path(name.split()[0]).parent.name
+        if name and name not in sequences:
+            folders = root / "JPEGImages/480p" / name, root / "Annotations/480p" / name
+            with naming(name):
+                sequences[name] = Sequence(*folders, merged=year == 2016)
+    if not sequences:
+        raise ValueError(f"{str(found[0])!r} names no sequence")
+    return list(sequences.values())
+
+
+@contextmanager
+def naming(title):
+    """Say in errors which sequence they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"sequence {title!r}: {error}") from None
 
 
 # ---- the command ----
 
 
-def copied(sequence):
+def copy_first(sequence):
     """Yield the first mask for each frame."""
-    for _ in range(len(sequence)):
-        yield sequence.mask(0)
+    yield from repeat(sequence.mask(0), len(sequence))
 
 
-def carried(sequence, backbone, short, how, folder=None):
+def carry_first(sequence, backbone, short, how, folder=None):
     """Yield each frame's mask as the backbone carries it. folder: where it is also written."""
     images = (sequence[t] for t in range(len(sequence)))
     for t, mask in enumerate(carry_mask(backbone, images, sequence.mask(0), short, how)):
         if folder:
-            place = folder / sequence.name
+            place = folder / sequence.title
             place.mkdir(parents=True, exist_ok=True)
             write_mask(place / sequence.mask_name(t), mask, voc_palette())
         yield mask
 
 
-def written(sequence, folder):
-    """Yield the masks that another tool has written, the first frame's true one before them.
+def read_results(sequence, folder):
+    """Yield the masks that another tool has written, but of the first frame the true one.
 
-    ValueError: one is missing, or numbers an object that the first frame lacks.
+    ValueError: one is missing, or has a number above those of the first frame's objects.
     """
     yield sequence.mask(0)
     for t in range(1, len(sequence) - 1):
-        path = folder / sequence.name / sequence.mask_name(t)
+        path = folder / sequence.title / sequence.mask_name(t)
         if not path.exists():
             raise ValueError(f"a result is missing: {str(path)!r}")
-        mask = read_objects(path, sequence.merged)
+        mask = read_numbers(path, sequence.merged)
         if max(numbers_in(mask), default=0) > max(sequence.numbers):
             raise ValueError(f"{str(path)!r} numbers an object that the first frame does not have")
         yield mask
 
 
-def choose_methods(args, subject):
-    """{name: function of a sequence that yields its masks}: copied, and what is to be measured."""
-    methods = {"copied": copied}
+def choose_methods(args, subject, short, how):
+    """{name: function of a sequence that yields its masks}: the copied first mask, and others."""
+    methods = {"copied": copy_first}
     if args.results:
-        methods["results"] = partial(written, folder=args.results)
+        methods["results"] = partial(read_results, folder=args.results)
         return methods
-    require_vit(subject.backbone, args.checkpoint)
-    short, how = args.size or usual_size(subject.backbone), propagation_of(args)
     for name, network in subject.networks(args.untrained).items():
         folder = args.write if name == "trained" else None
-        methods[name] = partial(carried, backbone=network, short=short, how=how, folder=folder)
+        methods[name] = partial(carry_first, backbone=network, short=short, how=how, folder=folder)
     return methods
 
 
 def evaluate_davis(args, subject):
     """Carry, or read, the masks of all sequences: print their figures, and return the means."""
+    settings = {"year": args.year}
+    short = how = None
+    if args.results:
+        settings["folder"] = str(args.results)
+    else:
+        require_vit(subject.backbone, args.checkpoint)
+        short, how = args.size or usual_size(subject.backbone), propagation_of(args)
+        settings |= {"size": short, **how._asdict()}
     sequences = in_turn(lambda: open_sequences(subject.data, args.year))
-    methods = choose_methods(args, subject)
-    rank, world = subject.rank, subject.world
-    total = len(methods) * sum(len(sequence) for sequence in sequences[rank::world])
-    start, done = time.monotonic(), count(1)
-
-    def counted(masks):
-        for mask in masks:
-            progress("frames", next(done), total, start)
-            yield mask
-
-    sums = torch.zeros(len(sequences), len(methods), 2, 3, dtype=torch.double)  # over objects
-    for i in range(rank, len(sequences), world):
-        for m, masks in enumerate(methods.values()):
-            sums[i, m] = score(sequences[i], counted(masks(sequences[i]))).sum(0)
-    sums = 100 * combine(sums, world)
+    methods = choose_methods(args, subject, short, how)
+    sums = 100 * score_all(sequences, methods, subject.rank, subject.world)
 
     objects = torch.tensor([len(sequence.numbers) for sequence in sequences])
     frames = sum(len(sequence) for sequence in sequences)
     say(f"{subject.data}: {len(sequences)} sequences, {objects.sum()} objects, {frames} frames")
-    say(f"{'in %':20}{'':10}     J&F      J  recall   decay      F  recall   decay")
+    header = "".join(f"{name:>8}" for name in "J&F J recall decay F recall decay".split())
+    say(f"{'in %':30}{header}")
     for sequence, of_objects, number in zip(sequences, sums, objects):
-        say_rows(sequence.name, methods, of_objects / number)
+        say_rows(sequence.title, methods, of_objects / number)
     means = sums.sum(0) / objects.sum()
     say_rows("mean over objects", methods, means)
-    results = {"sequences": len(sequences), "objects": objects.sum().item()}
-    results |= {"results": args.results and str(args.results)}
-    return results | {name: figures(mean) for name, mean in zip(methods, means)}
+    counts = {"sequences": len(sequences), "objects": objects.sum().item()}
+    return settings | counts | {name: figures(mean) for name, mean in zip(methods, means)}
+
+
+def score_all(sequences, methods, rank, world):
+    """Score each method on each sequence: sums over objects [sequences, methods, 2, 3].
+
+    The processes share the sequences.
+    """
+    total = len(methods) * sum(len(sequence) for sequence in sequences[rank::world])
+    start, done = time.monotonic(), 0
+    sums = torch.zeros(len(sequences), len(methods), 2, 3, dtype=torch.double)
+    for i in range(rank, len(sequences), world):
+        for m, masks_of in enumerate(methods.values()):
+            masks = counted(masks_of(sequences[i]), done, total, start)
+            with naming(sequences[i].title):
+                sums[i, m] = score(sequences[i], masks).sum(0)
+            done += len(sequences[i])
+    return combine(sums, world)
+
+
+def counted(masks, done, total, start):
+    """Yield masks, and show the progress of all frames."""
+    for t, mask in enumerate(masks):
+        progress("frames", done + t + 1, total, start)
+        yield mask
 
 
 def figures(mean):
@@ -280,6 +314,6 @@ def figures(mean):
 def say_rows(title, methods, means):
     """Print a row of figures for each method."""
     for name, mean in zip(methods, means):
-        row = "".join(f"{value:8.1f}" for value in figures(mean).values())
-        say(f"{title:20}{name:10}{row}")
+        row = "".join(f"{round(value, 1) + 0.0:8.1f}" for value in figures(mean).values())
+        say(f"{title:20}{name:10}{row}")  # + 0.0: no -0.0
         title = ""

@@ -4,13 +4,18 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from pathlib import Path
+
+
+class NotWritten(OSError):
+    """Says which file could not be written, and why."""
 
 
 def write_whole(path, write):
     """Call write(file) on a file beside path, which then takes its place.
 
-    OSError: it could not be written, and path is as it was before.
+    NotWritten, an OSError: it could not be written, and path is as it was before.
     """
     beside = f"{path}.tmp"
     try:
@@ -26,6 +31,8 @@ def write_whole(path, write):
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             os.unlink(beside)
+        if isinstance(error, NotWritten):  # another file, that write() wrote
+            raise
         # torch's writer turns what interrupts it into an error of its own: the system's, but also
         # the death of a loader's process, which may show anywhere
         of_the_writer = isinstance(error, OSError) or "inline_container" in str(error)
@@ -34,7 +41,7 @@ def write_whole(path, write):
         reason = str(error).splitlines()[0]
         full = " (is the disk full?)" if is_full(error) else ""
         line = f"cannot write {path}{full}: {reason}; what was there before stands"
-        raise OSError(line) from None
+        raise NotWritten(line) from None
     if os.name == "posix":
         folder = os.open(Path(path).parent, os.O_RDONLY)
         os.fsync(folder)  # the move itself
@@ -49,18 +56,20 @@ def is_full(error):
 
 @contextlib.contextmanager
 def whole_folder(path):
-    """Yield a folder beside path. At the end its files are moved into path; on an error, none is.
+    """Yield a folder whose files are moved into path at the end, or none of them on an error.
 
-    OSError: it could not be written.
+    Files of other names that are in path stay. OSError: path cannot be written.
     """
     path = Path(path)
-    beside = path.with_name(f"{path.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    is_new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    inside = Path(tempfile.mkdtemp(prefix=".", dir=path))  # on the same disk
     try:
-        yield beside
-        path.mkdir(exist_ok=True)
-        for file in beside.iterdir():
+        yield inside
+        for file in inside.iterdir():
             os.replace(file, path / file.name)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(inside, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds files
+                path.rmdir()

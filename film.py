@@ -3,6 +3,7 @@
 Images are uint8 [3, h, w], one in memory at a time.
 """
 
+import re
 import sys
 from itertools import chain
 
@@ -17,11 +18,11 @@ VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 FRAMES = "mkdir frames; ffmpeg -i {} frames/%05d.png, then frames --fps 10"
 
 
-def stills(source):
+def stills(source, names=None):
     """Yield (path, image) of an image file, or of each below a folder, 2.png before 10.png.
 
-    What cannot be read in a folder is named and left out. ValueError: no images there, or the file
-    cannot be read.
+    names: which of a folder's to read (default: all, as names_in() gives them). What cannot be read
+    in a folder is named and left out. ValueError: no images there, or the file cannot be read.
     """
     if not source.is_dir():
         try:
@@ -29,7 +30,7 @@ def stills(source):
         except Exception as error:  # whatever a decoder may raise
             raise unreadable_film(source, error) from None
         return
-    for name in names_in(source):
+    for name in names_in(source) if names is None else names:
         try:
             image = read_image(source / name)
         except Exception:  # whatever a decoder may raise
@@ -40,7 +41,12 @@ def stills(source):
 
 def names_in(folder):
     """Return the names of the images below a folder, 2.png before 10.png."""
-    return sorted(Folder(folder).paths, key=lambda name: (len(name), name))
+    return sorted(Folder(folder).paths, key=natural)
+
+
+def natural(name):
+    """What to sort names by, so that numbers in them count as numbers."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def unreadable_film(path, error):
@@ -54,14 +60,18 @@ def unreadable_film(path, error):
 class Film:
     """The frames of a folder or of an animated file: (name, image, milliseconds), one at a time.
 
-    fps: of a folder, which does not say. What cannot be read in a folder is named and left out; a
-    file that is cut short ends where it is cut. ValueError: it cannot be read at all.
+    fps: how many frames a second a folder is shown with. other: an image in it that is no frame.
+    What cannot be read in a folder is named and left out; a file that is cut short ends where it is
+    cut. ValueError: it cannot be read at all.
     """
 
-    def __init__(self, source, fps=10):
-        self.source, self.fps, self.length = source, fps, 0
+    def __init__(self, source, fps=10, other=None):
+        self.source, self.fps, self.names, self.length = source, fps, [], 0
         if source.is_dir():
-            self.length = len(names_in(source))
+            is_other = other and other.resolve().is_relative_to(source.resolve())
+            left_out = str(other.resolve().relative_to(source.resolve())) if is_other else None
+            self.names = [name for name in names_in(source) if name != left_out]
+            self.length = len(self.names)
             return
         try:
             with Image.open(source) as film:
@@ -76,7 +86,7 @@ class Film:
 
     def __iter__(self):
         if self.source.is_dir():
-            for path, image in stills(self.source):
+            for path, image in stills(self.source, self.names):
                 yield path.stem, image, 1000 / self.fps
             return
         with Image.open(self.source) as film:
@@ -112,7 +122,7 @@ def write_gif(pictures, path):
             if i == 0:
                 header, _ = GifImagePlugin.getheader(picture, info={"loop": 0})
                 file.writelines(header)
-            rounded = round(duration, -1)  # a GIF counts hundredths of a second
+            rounded = min(655350, round(duration, -1))  # a GIF counts hundredths of a second
             data = GifImagePlugin.getdata(picture, duration=rounded, include_color_table=True)
             file.writelines(data)
         file.write(b";")

@@ -1,9 +1,9 @@
 """Masks of objects: the files they lie in, and images that have them.
 
 A mask is uint8 [h, w]: 0 for the background, 1, 2, ... for objects, 255 (void) for what is left
-open. A palette PNG holds these numbers, and so does a grey image, unless it has no values but 0 and
-255, or more than MOST_VALUES, as a drawing with soft edges has: then there is one object, where the
-value is above 127.
+open. A palette image holds these numbers. So does a grey one, unless it is a drawing: a JPEG, or
+with no values but 0 and 255, with 255 and others above MOST_VALUES, or with more values than that.
+Of a drawing, which may have soft edges, what is above 127 is the one object.
 """
 
 from pathlib import Path
@@ -24,20 +24,28 @@ def read_mask(path):
     """Read a mask: (uint8 [h, w], its palette or None). ValueError: it is no mask."""
     try:
         with open_image(path) as image:
-            palette = image.getpalette()
+            palette, is_jpeg = image.getpalette(), image.format == "JPEG"
             if image.mode in ("1", "LA"):
                 image = image.convert("L")
             pixels = pil_to_tensor(image)
     except Exception as error:  # whatever a decoder may raise
         raise ValueError(f"cannot read the mask {str(path)!r}: {error}") from None
     if pixels.dtype != torch.uint8 or (pixels[:3] != pixels[:1]).any():
-        raise ValueError(f"{str(path)!r} is no mask: neither a palette image nor a grey one")
+        raise ValueError(
+            f"{str(path)!r} is no mask: neither a palette image nor a grey one of 8 bits"
+        )
     mask = pixels[0]
-    if palette is None:
-        values = mask.unique().tolist()
-        if len(values) > MOST_VALUES or set(values) <= {0, 255}:
-            mask = (mask > 127).byte()
+    if palette is None and (is_jpeg or is_drawing(mask)):
+        mask = (mask > 127).byte()
     return mask, palette
+
+
+def is_drawing(mask):
+    """Whether grey values are brightness, and not the numbers of objects."""
+    values = mask.unique().tolist()
+    if len(values) > MOST_VALUES or set(values) <= {0, 255}:
+        return True
+    return 255 in values and any(MOST_VALUES < value < 255 for value in values)
 
 
 def numbers_in(mask):
@@ -51,10 +59,16 @@ def resize_mask(mask, height, width):
 
 
 def write_mask(path, mask, palette):
-    """Write a mask as a palette PNG. palette: up to 256 colours, their values in a row."""
+    """Write a mask as a palette PNG. palette: 256 colours, their values in a row."""
     image = to_pil_image(mask)
-    image.putpalette(palette + voc_palette()[len(palette) :])  # a short one cuts off numbers
+    image.putpalette(palette)
     write_whole(path, lambda file: image.save(file, "PNG"))
+
+
+def whole_palette(palette):
+    """Return 256 colours: those of a palette, which may be shorter or None, then Pascal VOC's."""
+    known = palette if palette and len(palette) > 3 else []
+    return known + voc_palette()[len(known) :]
 
 
 def voc_palette():
@@ -76,20 +90,20 @@ class MaskedFolder(Folder):
 
     def __init__(self, root, masks, names=None):
         super().__init__(root)
-        self.masks = {str(Path(path).with_suffix("")): path for path in Folder(masks).paths}
+        self.masks = {stem_of(path): path for path in Folder(masks).paths}
         self.masks_root, self.labels, self.classes = Path(masks), None, None
         self.note = None
-        self.paths = [path for path in self.paths if self.has_mask(path, names)]
+        known = self.masks.keys() if names is None else self.masks.keys() & names
+        self.paths = [path for path in self.paths if stem_of(path) in known]
         if not self.paths:
             raise ValueError(f"no image below {str(root)!r} has a mask in {str(masks)!r}")
 
-    def has_mask(self, path, names):
-        stem = str(Path(path).with_suffix(""))
-        return stem in self.masks and (names is None or stem in names)
-
     def mask(self, i):
-        stem = str(Path(self.paths[i]).with_suffix(""))
-        return read_mask(self.masks_root / self.masks[stem])[0]
+        return read_mask(self.masks_root / self.masks[stem_of(self.paths[i])])[0]
+
+
+def stem_of(path):
+    return str(Path(path).with_suffix(""))
 
 
 def load_with_masks(data, masks=None):

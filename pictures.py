@@ -53,9 +53,7 @@ def cut_out(image, mask):
 
 def tint(image, mask, palette):
     """Lay each object of a mask [h, w] over the image in its colour of the palette."""
-    colors = torch.zeros(256, 3, dtype=torch.uint8)
-    known = torch.tensor(palette, dtype=torch.uint8)
-    colors[: len(known) // 3] = rearrange(known, "(number c) -> number c", c=3)
+    colors = rearrange(torch.tensor(palette, dtype=torch.uint8), "(number c) -> number c", c=3)
     pixels = rearrange(image, "c h w -> h w c")
     mixed = pixels // 2 + colors[mask.long()] // 2
     return torch.where(mask[..., None] > 0, mixed, pixels)

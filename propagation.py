@@ -2,18 +2,22 @@
 
     python segment.py video CKPT film.gif --mask first.png
 
-The patch tokens of the last block say which patches look alike. A frame's labels are a mixture of
-those of the first frame and of the few before it:
+The patch tokens of the last block say which patches look alike. The labels of a frame's patch i are
+a mixture of those of patches j in its sources, the first frame and the few before it:
 
-    affinity(i, j) = exp(cos(token i, token j) / 0.1)    for patches j not far from i
-    label(i) = sum over the 5 patches j of all sources with the largest affinity, normalised
+    affinity(i, j) = exp(cos(token i, token j) / 0.1)    where j is not far from i
+    label(i) = sum_j affinity(i, j) label(j) / sum_j affinity(i, j)
 
-Frames are resized to whole patches, the short side as asked for and the long side rounded down: at
-480 pixels or more to multiples of 64, as the reference code does it. Nothing is cut off. Only the
-sources are kept, however long the film is. Axes: s sources, h w patches, d width, c labels.
+over the 5 patches j of all sources with the largest affinity. Frames are resized to whole patches,
+the short side as asked for, the long side in proportion and rounded down: from 480 pixels on to
+multiples of 64, as in the reference code. Only the sources are kept, however long the film is.
+
+Axes: s sources, h w patches, d width, c labels.
 """
 
+import sys
 import time
+from itertools import tee
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +32,8 @@ from checkpoint import load_backbone
 from distributed import usable_device
 from features import fitted_size, usual_size
 from files import whole_folder
-from film import Film, write_gif
-from masks import VOID, numbers_in, read_mask, resize_mask, voc_palette, write_mask
+from film import Film, stills, write_gif
+from masks import VOID, numbers_in, read_mask, resize_mask, whole_palette, write_mask
 from pictures import draw_panels, tint
 from shapes import ShapesFilm
 from terminal import progress, say
@@ -47,14 +51,16 @@ class Propagation(NamedTuple):
 
 
 def frame_size(image, short, patch):
-    """Return (height, width) at which a network sees a frame: whole patches."""
-    h, w = fitted_size(image, short, patch)
+    """Return (height, width) in whole patches at which a network sees a frame.
+
+    ValueError: it has too many patches.
+    """
+    fitted_size(image, short, patch)
+    h, w = image.shape[1:]
     unit = 64 if short >= 480 and 64 % patch == 0 else patch
-    if h > w:
-        h = h // unit * unit
-    else:
-        w = w // unit * unit
-    return max(patch, h // patch * patch), max(patch, w // patch * patch)
+    long = max(unit, max(h, w) * short // min(h, w) // unit * unit)
+    short = max(patch, short // patch * patch)
+    return (long, short) if h > w else (short, long)
 
 
 @torch.inference_mode()
@@ -67,16 +73,19 @@ def patch_features(backbone, image, short):
 
 
 def mix_labels(query, keys, labels, how):
-    """Return a frame's soft labels [h, w, c]: query [h, w, d], keys [s, h, w, d], labels likewise.
+    """Return a frame's soft labels [h, w, c] from those of its sources.
 
-    It goes through the frame in blocks of rows, each with the rows around it alone, so that the
-    whole matrix of affinities never exists.
+    query: the frame's features [h, w, d]; keys: the sources' [s, h, w, d]; labels: the sources'
+    [s, h, w, c]; how: a Propagation. It goes through the frame in blocks of rows, each with the
+    rows around it alone, so that the whole matrix of affinities never exists.
     """
     s, h, w, _ = keys.shape
-    reach = how.radius or max(h, w)
-    rows = max(1, MOST_AFFINITIES // (s * w * w * min(h, 2 * reach + 1)))
-    place = torch.arange(max(h, w), device=query.device)
-    near = (place[:, None] - place).abs() <= reach
+    reach = min(how.radius, h + w) or h + w
+    rows = 1
+    while rows < h and s * w * w * (rows + 1) * min(h, rows + 1 + 2 * reach) <= MOST_AFFINITIES:
+        rows += 1
+    places = torch.arange(max(h, w), device=query.device)
+    near = (places[:, None] - places).abs() <= reach
     mixed = []
     for top in range(0, h, rows):
         bottom = min(h, top + rows)
@@ -113,6 +122,8 @@ def carry_mask(backbone, frames, first, short, how=Propagation()):
         features = patch_features(backbone, image, short)
         if t == 0:
             soft = soft_labels(first, numbers, features)
+            for number in numbers[~(soft > 0).any(0).any(0).cpu()].tolist():
+                say(f"note: object {number} is in the middle of no patch, and is lost", sys.stderr)
             keys = repeat(features, "h w d -> s h w d", s=1 + how.context).clone()
             labels = repeat(soft, "h w c -> s h w c", s=1 + how.context).clone()
             yield first
@@ -136,8 +147,8 @@ def soft_labels(mask, numbers, features):
 def harden(labels, patch, size):
     """Soft labels [h, w, c] -> the index of the strongest in each pixel, [height, width].
 
-    They are upsampled to pixels of what the network saw, each label's map is stretched to 0..1,
-    and the strongest is taken to the film's size.
+    They are upsampled to the size at which the network saw the frame, each label's map is stretched
+    to 0..1, and the index of the largest is resized to the film's size, from the nearest pixel.
     """
     maps = rearrange(labels, "h w c -> 1 c h w")
     maps = F.interpolate(maps, scale_factor=patch, mode="bilinear")[0]
@@ -166,42 +177,60 @@ def add_propagation_flags(parser):
 def propagation_of(args):
     """Return the Propagation that the flags ask for. ValueError: a value that makes no sense."""
     for flag, least in (("context", 0), ("radius", 0), ("nearest", 1), ("temperature", 1e-3)):
-        if not least <= getattr(args, flag) < float("inf"):
-            raise ValueError(f"--{flag} {getattr(args, flag)} must be at least {least}")
+        if not least <= getattr(args, flag) <= 1000:
+            raise ValueError(f"--{flag} {getattr(args, flag)} must be from {least} to 1000")
     return Propagation(args.context, args.radius, args.nearest, args.temperature)
 
 
 def open_film(args):
     """Return (film, first mask, its palette). ValueError: there is none, or only one frame."""
     if args.film == "shapes":
-        film = ShapesFilm(1)
-        frames = [(f"{t:05}", film[t], 100) for t in range(len(film))]
+        shapes = ShapesFilm(1)
+        film = [(f"{t:05}", shapes[t], 100) for t in range(len(shapes))]
     else:
-        frames = Film(Path(args.film), args.fps)
-    if len(frames) < 2:
+        film = Film(Path(args.film), args.fps, other=args.mask)
+        if film.names:  # the mask belongs to the first: it must be readable
+            next(stills(film.source / film.names[0]))
+    if len(film) < 2:
         raise ValueError(f"{args.film!r} has one frame: a mask is carried to the next ones")
-    if args.mask:
-        first, palette = read_mask(args.mask)
-        return frames, first, palette or voc_palette()
-    if args.film == "shapes":
-        return frames, film.mask(0), voc_palette()
-    raise ValueError("give the first frame's mask with --mask")
+    if args.film == "shapes" and not args.mask:
+        return film, shapes.mask(0), whole_palette(None)
+    if not args.mask:
+        raise ValueError("give the first frame's mask with --mask")
+    mask, palette = read_mask(args.mask)
+    return film, mask, whole_palette(palette)
 
 
-def write_masks(film, masks, folder, palette):
-    """Write each frame's mask into a folder, and yield (PIL image with the objects tinted, ms)."""
+def choose_output(args):
+    """Return the folder for the masks. ValueError: it is the film's, or --strip has no folder."""
+    output = args.output or Path(f"{Path(args.film).absolute()}_masks")
+    if output.resolve().is_relative_to(Path(args.film).resolve()):
+        raise ValueError(f"--output {output} is in the film's folder: its frames must stay")
+    if args.strip and not args.strip.absolute().parent.is_dir():
+        raise ValueError(f"--strip {args.strip}: there is no such folder")
+    return output
+
+
+def write_masks(film, total, masks, folder, palette):
+    """Write each frame's mask into a folder, and yield (PIL image with its objects tinted, ms).
+
+    ValueError: two frames have one name.
+    """
     start = time.monotonic()
     for t, ((name, image, duration), mask) in enumerate(zip(film, masks)):
-        write_mask(folder / f"{name}.png", mask, palette)
-        progress("frames", t + 1, len(film), start)
+        path = folder / f"{name}.png"
+        if path.exists():
+            raise ValueError(f"two frames are called {name!r}")
+        write_mask(path, mask, palette)
+        progress("frames", t + 1, total, start)
         yield Image.fromarray(tint(image, mask, palette).numpy()), duration
 
 
 def draw_strip(film, folder, palette, path):
     """Draw six of a film's frames, with the masks that lie in a folder, as a PNG."""
-    row = {}
+    row, shown = {}, torch.linspace(0, len(film) - 1, 6).round().tolist()
     for t, (name, image, _) in enumerate(film):
-        if t % max(1, (len(film) - 1) // 5) == 0 and len(row) < 6:
+        if t in shown:
             mask, _ = read_mask(folder / f"{name}.png")
             row[f"frame {t + 1}"] = tint(image, mask, palette)
     draw_panels([row], path, "the first frame's mask, carried along")
@@ -209,16 +238,17 @@ def draw_strip(film, folder, palette, path):
 
 def carry_film(args):
     """Carry a mask through a film: write each frame's mask, and the film with tinted objects."""
-    how = propagation_of(args)
+    how, output = propagation_of(args), choose_output(args)
     film, first, palette = open_film(args)
     loaded = load_backbone(args.checkpoint, args.network, args.heads)
     backbone = require_vit(loaded.backbone, args.checkpoint).to(usable_device(args.device))
     say(loaded.description)
-    output = args.output or Path(f"{args.film}_masks")
-    images = (image for _, image, _ in film)
+    frames, seen = tee(film)
+    images = (image for _, image, _ in seen)
     masks = carry_mask(backbone, images, first, args.size or usual_size(backbone), how)
     with whole_folder(output) as folder:
-        write_gif(write_masks(film, masks, folder, palette), folder / "film.gif")
+        tinted = write_masks(frames, len(film), masks, folder, palette)
+        write_gif(tinted, folder / "film.gif")
     say(f"{args.film}: {len(film)} frames, {len(numbers_in(first))} objects -> {output}")
     if args.strip:
         draw_strip(film, output, palette, args.strip)

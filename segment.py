@@ -254,7 +254,7 @@ def add_davis(parser):
     add("--year", type=int, choices=(2017, 2016), default=2017,
         help="which list of sequences; in 2016's all objects of a sequence are one")  # fmt: skip
     add("--untrained", action="store_true", help="an untrained network beside")
-    add("--write", type=Path, help="folder for the masks, one palette PNG a frame")
+    add("--write", type=Path, help="folder for the masks that are carried, a palette PNG a frame")
     add("--results", type=Path, help="a folder of masks that another tool has written: these are "
         "measured, and no checkpoint is needed")  # fmt: skip
 
@@ -281,7 +281,10 @@ def main(args):
         carry_film(args)
     else:
         if bool(args.checkpoint) == bool(args.results):
-            raise ValueError("give a checkpoint, or --results with masks that are written already")
+            raise ValueError("give either a checkpoint, or --results with masks that are written")
+        data = Path(args.data or "shapes").resolve()
+        if args.write and args.write.resolve().is_relative_to(data):
+            raise ValueError(f"--write {args.write} is in --data: its masks must stay")
         if args.results and not args.data:
             raise ValueError("give --data, the sequences that the results belong to")
         run_protocol(args, evaluate_davis)

@@ -113,7 +113,7 @@ class ShapesFilm(Shapes):
 
     def __init__(self, film, length=24, size=64, seed=0):
         super().__init__("film", length, size, seed)
-        self.name, self.film = f"film {film + 1}", film
+        self.title, self.film = f"film {film + 1}", film
         rng = Random(f"film {seed} {film}")
         rims = rng.sample(range(RIM_HUES), 1 + film % 2)
         self.objects = [self.moving_object(rng, rim / RIM_HUES) for rim in rims]

@@ -160,7 +160,7 @@ def test_the_truth_as_a_result_is_perfect(dataset, capsys):
 def test_in_2016_all_objects_are_one(dataset):
     root = dataset / "DAVIS"
     (cow,) = davis.open_sequences(root, 2016)
-    assert cow.name == "cow" and cow.merged
+    assert cow.title == "cow" and cow.merged
     (root / "ImageSets" / "2016").mkdir()
     (root / "ImageSets" / "2016" / "val.txt").write_text("two-dogs\n")
     (dogs,) = davis.open_sequences(root, 2016)
@@ -200,7 +200,7 @@ def spoil(dataset, how):
     ("no masks", "sequence 'cow': there is no folder"),
     ("no mask", "sequence 'cow': there is no mask"),
     ("no object", "sequence 'cow': its first mask shows no object"),
-    ("short", "sequence 'cow' has fewer than three frames"),
+    ("short", "sequence 'cow': it has fewer than three frames"),
     ("sizes", "frame 4 is of 40 x 32 pixels, the first mask of 32 x 32"),
     ("mask sizes", "a mask of 32 x 32 pixels, the truth of 16 x 16"),
     ("no list", "not in DAVIS's layout"),

@@ -8,14 +8,14 @@ from PIL import Image
 import segment
 from backbone import build_backbone
 from data import load
-from masks import load_with_masks, read_mask, resize_mask, voc_palette, write_mask
+from masks import load_with_masks, read_mask, resize_mask, voc_palette, whole_palette, write_mask
 
 NUMBERS = torch.tensor([[0, 1, 1, 7], [0, 0, 255, 7]], dtype=torch.uint8)
 
 
 def test_a_palette_png_keeps_its_numbers_and_its_palette(tmp_path):
     palette = [0, 0, 0, 9, 8, 7]
-    write_mask(tmp_path / "a.png", NUMBERS, palette)
+    write_mask(tmp_path / "a.png", NUMBERS, whole_palette(palette))
     mask, colors = read_mask(tmp_path / "a.png")
     assert torch.equal(mask, NUMBERS) and colors[:6] == palette
     first = [voc_palette()[3 * i : 3 * i + 3] for i in (0, 1, 2, 3, 20, 255)]
@@ -25,6 +25,7 @@ def test_a_palette_png_keeps_its_numbers_and_its_palette(tmp_path):
 
 @pytest.mark.parametrize("mode, values, expected", [
     ("L", [0, 1, 3, 1], [0, 1, 3, 1]),
+    ("L", [0, 50, 200, 50], [0, 50, 200, 50]),
     ("L", [0, 1, 255, 1], [0, 1, 255, 1]),  # 255 beside others is void
     ("L", [0, 255, 255, 0], [0, 1, 1, 0]),  # but alone it is the object
     ("1", [0, 255, 255, 0], [0, 1, 1, 0]),
@@ -46,6 +47,11 @@ def test_of_a_drawing_with_soft_edges_the_brighter_half_is_the_object(tmp_path):
     ramp = np.arange(0, 256, 5, dtype=np.uint8)[None]
     Image.fromarray(ramp).save(tmp_path / "a.png")
     assert torch.equal(read_mask(tmp_path / "a.png")[0], torch.from_numpy(ramp > 127).byte())
+    few = np.array([[0, 64, 191, 255]], np.uint8)
+    Image.fromarray(few).save(tmp_path / "a.png")
+    assert read_mask(tmp_path / "a.png")[0].tolist() == [[0, 0, 1, 1]]
+    Image.fromarray(few.repeat(9, 0).repeat(9, 1)).save(tmp_path / "a.jpg")
+    assert read_mask(tmp_path / "a.jpg")[0][4, 4::9].tolist() == [0, 0, 1, 1]
 
 
 def test_what_is_no_mask_is_said(tmp_path):

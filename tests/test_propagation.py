@@ -11,7 +11,7 @@ import propagation
 import segment
 from augment import normalize, resize
 from backbone import build_backbone
-from masks import read_mask, voc_palette, write_mask
+from masks import read_mask, whole_palette, write_mask
 from propagation import Propagation, carry_mask, harden, mix_labels
 from tests import textbook
 
@@ -132,6 +132,8 @@ def test_frames_are_whole_patches_and_at_480_as_the_reference_code_has_them():
     assert propagation.frame_size(image.mT, 480, 16) == (832, 480)
     assert propagation.frame_size(image, 68, 4) == (68, 120)
     assert propagation.frame_size(image, 70, 4) == (68, 124)
+    wide = torch.zeros(3, 1080, 2015, dtype=torch.uint8)
+    assert propagation.frame_size(wide, 480, 8) == (480, 832)  # 895.6, rounded down
 
 
 def test_only_the_first_frame_and_the_context_are_sources(monkeypatch):
@@ -158,7 +160,7 @@ def film(tmp_path):
     for t, frame in enumerate(frames):
         frame.save(tmp_path / "frames" / f"{t + 7}.png")
     palette = [0, 0, 0, 10, 20, 30, 40, 50, 60]
-    write_mask(tmp_path / "first.png", mask_of([1, 2]), palette)
+    write_mask(tmp_path / "first.png", mask_of([1, 2]), whole_palette(palette))
     frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:], duration=80)
     torch.save(build_backbone("vit_micro", 4, 16).state_dict(), tmp_path / "bare.pth")
     return tmp_path
@@ -184,9 +186,30 @@ def test_a_film_gets_a_palette_png_a_frame_and_a_gif(film, capsys):
     assert Image.open(film / "strip.png").width > 500
     assert "5 frames, 2 objects" in capsys.readouterr().out
 
-    write_mask(film / "frames" / "first.png", mask_of([1]), voc_palette())
     run(film, film / "film.gif", *flags[:2], "--output", film / "out", "--heads", 4)
     assert len(list((film / "out").glob("*.png"))) == 5
+
+
+def test_a_mask_that_lies_among_the_frames_is_no_frame(film):
+    (film / "first.png").rename(film / "frames" / "first.png")
+    run(film, f"{film / 'frames'}/", "--mask", film / "frames" / "first.png")
+    assert len(list((film / "frames_masks").glob("*.png"))) == 5
+
+
+def test_two_frames_of_one_name_are_an_error(film):
+    Image.new("RGB", (32, 24)).save(film / "frames" / "9.jpg")
+    with pytest.raises(ValueError, match="two frames are called '9'"):
+        run(film, film / "frames", "--mask", film / "first.png")
+    assert not (film / "frames_masks").exists()
+
+
+def test_an_object_that_is_lost_is_said(capsys):
+    first = mask_of([1], 16, 16)
+    first[0, 0] = 5
+    backbone = build_backbone("vit_micro", 8, 16).eval()
+    frames = [torch.randint(256, (3, 16, 16), dtype=torch.uint8) for _ in range(2)]
+    assert len(list(carry_mask(backbone, frames, first, 16))) == 2
+    assert "object 5 is in the middle of no patch, and is lost" in capsys.readouterr().err
 
 
 def test_the_built_in_film_needs_no_mask(film, monkeypatch):
@@ -199,4 +222,4 @@ def test_an_error_on_the_way_leaves_nothing(film):
     Image.new("RGB", (30, 24)).save(film / "frames" / "9.png")
     with pytest.raises(ValueError, match="frame 3 is of 30 x 24 pixels, the first mask of 32 x 24"):
         run(film, film / "frames", "--mask", film / "first.png")
-    assert not (film / "frames_masks").exists() and not list(film.glob("*.tmp"))
+    assert not (film / "frames_masks").exists()
