@@ -30,6 +30,9 @@ RELEASED = {
     "dino_vitb16": "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
     "dino_vitb8": "dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
     "dino_resnet50": "dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
+    # trained on Google Landmarks, for retrieval (Table 3)
+    "dino_vits16_landmarks": "dino_vitsmall16_googlelandmark_pretrain/"
+    "dino_vitsmall16_googlelandmark_pretrain.pth",
 }
 # What a file may hold besides tensors and plain values: the authors' full checkpoints keep their
 # arguments in a Namespace with numpy's numbers. Numpy 2 renamed the module that rebuilds these.

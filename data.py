@@ -83,6 +83,24 @@ class Folder:
         return (alpha > 127).byte() if alpha.min() < 128 else None
 
 
+class Files:
+    """The images at some paths."""
+
+    labels = classes = note = None
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return read_image(self.paths[i])
+
+    def name(self, i):
+        return str(self.paths[i])
+
+
 def image_paths(root, others):
     """Yield the images below a folder as relative paths, folder by folder, sorted in each.
 

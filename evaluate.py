@@ -27,11 +27,17 @@ from torch.utils.data import DataLoader
 
 from backbone import trained_at
 from data import Order, load
-from distributed import amp_dtype, in_turn
-from features import Crops, Extraction, extract, represent
+from distributed import in_turn
+from features import Crops, extract, represent
 from files import write_whole
-from protocol import add_flags, check_positive, run_protocol
-from recipe import add_amp_flag, usable_cores
+from protocol import (
+    add_extraction_flags,
+    add_flags,
+    check_positive,
+    check_workers,
+    extraction,
+    run_protocol,
+)
 from terminal import first_process, progress, run_command, say
 from vit import ViT
 
@@ -337,18 +343,6 @@ def open_splits(data):
     return train, val
 
 
-def extraction(args, subject):
-    return Extraction(
-        subject.device,
-        args.batch,
-        args.workers,
-        amp_dtype(args.amp, subject.device),
-        rank=subject.rank,
-        world=subject.world,
-        cache=subject.folder if args.cache else None,
-    )
-
-
 def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
@@ -368,20 +362,14 @@ def parse_args(argv=None):
         "token too (default: from width 768 on, or of fewer than four blocks)")  # fmt: skip
     add("--untrained", action=argparse.BooleanOptionalAction,
         help="an untrained network beside (default: yes, in linear only if --cached)")  # fmt: skip
-    add("--cache", action="store_true",
-        help="keep features in the output folder, and read those that are there")  # fmt: skip
-    add_amp_flag(parser)
-    add("--batch", type=int, default=256, help="images a process at a time")
-    workers = min(2, usable_cores())
-    add("--workers", type=int, default=workers, help="processes that read images")
+    add_extraction_flags(parser)
     add("--seed", type=int, default=0, help="linear: of the crops and their order")
     return parser.parse_args(argv)
 
 
 def main(args):
     check_positive(args, "k", "lr", "batch", "epochs", "last")
-    if args.workers < 0:
-        raise ValueError(f"--workers {args.workers} must not be negative")
+    check_workers(args)
     run_protocol(args, evaluate_knn if args.protocol == "knn" else evaluate_linear)
 
 

@@ -1,18 +1,21 @@
 """Frozen features: what a backbone makes of images ("Evaluation protocols", section 3.2).
 
 The central crop of each image goes in, a vector comes out: the class token of the last block, those
-of several blocks, or the mean patch token beside it. However many processes share the work, every
-image counts once, and what they get is in the order of the images.
+of several blocks, or the mean patch token beside it; for retrieval (4.2.1) also the whole image,
+and patch tokens pooled by GeM. However many processes share the work, every image counts once, and
+what they get is in the order of the images.
 """
 
 import hashlib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -47,6 +50,18 @@ def center_crop(image, size):
         return pil_to_tensor(middle)
     image = resize(image, height, width)
     return image[:, top : top + size, left : left + size]
+
+
+def square(image, size):
+    """The whole image, its sides made equal: uint8 [3, h, w] -> [3, size, size]."""
+    return resize(image, size, size)
+
+
+def shrink(image, size):
+    """The whole image, shrunk so that its long side has at most so many pixels."""
+    scale = min(1, size / max(image.shape[1:]))
+    h, w = (max(1, round(side * scale)) for side in image.shape[1:])
+    return resize(image, h, w)
 
 
 def usual_size(backbone):
@@ -97,6 +112,10 @@ class Extraction:
     dtype: torch.dtype | None = None  # of autocast; None: float32
     last: int = 1  # how many blocks' class tokens
     mean_patches: bool = False  # whether the last block's mean patch token goes along
+    gem: bool = False  # whether its patch tokens, pooled by GeM, go along
+    fit: Callable = center_crop  # (image, size) -> what the backbone sees
+    size: int | None = None  # None: what the backbone was trained at
+    scales: tuple = (1.0,)  # of what the backbone sees; the features are averaged
     rank: int = 0
     world: int = 1  # processes that call together and share the images
     cache: Path | None = None  # a folder that keeps features
@@ -105,12 +124,13 @@ class Extraction:
 class Crops(Dataset):
     """(epoch, n) -> (n, a crop of the n-th of the given images, uint8 [3, size, size]).
 
-    seed None: the central crop. Else a random resized crop, flipped or not, that follows from
-    (seed, epoch, image). An image that cannot be read gives -1 in place of n.
+    seed None: what fit(image, size) gives. Else a random resized crop, flipped or not, that follows
+    from (seed, epoch, image). An image that cannot be read gives -1 in place of n.
     """
 
-    def __init__(self, images, indices, size, seed=None):
-        self.images, self.indices, self.size, self.seed = images, indices, size, seed
+    def __init__(self, images, indices, size, seed=None, fit=center_crop):
+        self.images, self.indices, self.size = images, indices, size
+        self.seed, self.fit = seed, fit
 
     def __getitem__(self, key):
         epoch, n = key
@@ -119,32 +139,50 @@ class Crops(Dataset):
         except Exception:  # whatever a decoder may raise
             return -1, torch.zeros(3, self.size, self.size, dtype=torch.uint8)
         if self.seed is None:
-            return n, center_crop(image, self.size)
+            return n, self.fit(image, self.size)
         rng = Random(f"{self.seed} {epoch} {self.indices[n]}")
         return n, random_resized_crop(image, self.size, (0.08, 1), rng)
 
 
 @torch.no_grad()
 def represent(backbone, crops, how):
-    """uint8 crops [b, 3, h, w] -> float32 features [b, d].
+    """uint8 crops [b, 3, h, w] -> float32 features [b, d], the mean over how.scales.
 
     Those are the last blocks' class tokens, each through the final norm, and if asked for the last
-    block's mean patch token; or what a convnet pools.
+    block's mean patch token, or its patch tokens pooled by GeM; or what a convnet pools.
     """
     images = normalize(crops.to(how.device, non_blocking=True).float() / 255)
+    features = []
+    for scale in how.scales:
+        x = images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bilinear")
+        features.append(represent_at(backbone, x, how))
+    return torch.stack(features).mean(0)
+
+
+def represent_at(backbone, images, how):
+    """Normalised images [b, 3, h, w] -> features [b, d]; a ViT sees whole patches alone."""
+    if isinstance(backbone, ViT):
+        h, w = (side // backbone.patch * backbone.patch for side in images.shape[2:])
+        images = images[:, :, :h, :w]
     with autocast(how.device, how.dtype):
-        if not isinstance(backbone, ViT) or (how.last == 1 and not how.mean_patches):
+        if not isinstance(backbone, ViT) or not (how.last > 1 or how.mean_patches or how.gem):
             return backbone(images).float()
         tokens = backbone.tokens(images, how.last).float()
     features = list(tokens[:, :, 0])
     if how.mean_patches:
         features.append(tokens[-1, :, 1:].mean(1))
+    if how.gem:
+        features.append(gem(tokens[-1, :, 1:]))
     return torch.cat(features, -1)
 
 
-@torch.no_grad()
+def gem(tokens, power=4):
+    """Generalised mean pooling (GeM) of patch tokens [b, n, d]: [b, d]."""
+    return tokens.clamp_min(1e-6).pow(power).mean(1).pow(1 / power)
+
+
 def extract(backbone, images, indices, how):
-    """Return the features of the given images' central crops: ([n, d] float32, indices).
+    """Return the features of the given images: ([n, d] float32, indices).
 
     The indices returned are those of the n images that could be read, in the order given. If
     several processes call together, each reads its share and all get the whole. ValueError: no
@@ -158,12 +196,27 @@ def extract(backbone, images, indices, how):
             saved = load_checkpoint(path)
             return saved["features"].to(how.device), saved["read"]
 
-    out = torch.zeros(len(indices), backbone.dim * (how.last + how.mean_patches), device=how.device)
+    out, read = compute(backbone, images, indices, how)
+    out, indices = without_unread(out, read, images, indices)
+    if path and first_process():
+        kept = {"features": out.cpu(), "read": indices}
+        write_whole(path, lambda file: torch.save(kept, file))
+    return out, indices
+
+
+@torch.no_grad()
+def compute(backbone, images, indices, how):
+    """Return the features of the given images, [n, d], and whether each could be read, [n] bools.
+
+    The processes share the images.
+    """
+    parts = how.last + how.mean_patches + how.gem
+    out = torch.zeros(len(indices), backbone.dim * parts, device=how.device)
     read = torch.zeros(len(indices), device=how.device)
     start, training, done = time.monotonic(), backbone.training, 0
     backbone.eval()
     share = [(0, n) for n in range(how.rank, len(indices), how.world)]
-    dataset = Crops(images, indices, trained_at(backbone))
+    dataset = Crops(images, indices, how.size or trained_at(backbone), fit=how.fit)
     pin = how.device.type == "cuda"
     loader = DataLoader(dataset, how.batch, sampler=share, num_workers=how.workers, pin_memory=pin)
     for n, crops in loader:
@@ -174,12 +227,7 @@ def extract(backbone, images, indices, how):
         progress("features", min(done, len(indices)), len(indices), start)
     backbone.train(training)
 
-    out, read = combine(out, how.world), combine(read, how.world).bool().tolist()
-    out, indices = without_unread(out, read, images, indices)
-    if path and first_process():
-        kept = {"features": out.cpu(), "read": indices}
-        write_whole(path, lambda file: torch.save(kept, file))
-    return out, indices
+    return combine(out, how.world), combine(read, how.world).bool().tolist()
 
 
 def without_unread(out, read, images, indices):
@@ -196,13 +244,20 @@ def without_unread(out, read, images, indices):
 
 
 def fingerprint(backbone, images, indices, how):
-    """Sixteen digits of what features depend on: weights, names and labels of images, settings.
+    """Sixteen digits of what features depend on: weights, settings, names and labels of images.
 
     An image changed under its name is not noticed.
     """
     names = [images.name(i) for i in indices]
-    settings = how.last, how.mean_patches, how.dtype, trained_at(backbone)
-    digest = hashlib.sha256(repr((settings, images.classes, images.labels, names)).encode())
+    content = maker(backbone, how), images.classes, images.labels, names
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def maker(backbone, how):
+    """Sixteen digits of what makes the features of an image: weights and settings."""
+    size = how.size or trained_at(backbone)
+    kinds = how.last, how.mean_patches, how.gem, how.fit.__name__, size, how.scales, how.dtype
+    digest = hashlib.sha256(repr(kinds).encode())
     for value in backbone.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

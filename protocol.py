@@ -11,8 +11,9 @@ from torch import nn
 
 from backbone import untrained
 from checkpoint import RELEASED, load_backbone
-from distributed import in_turn, processes
-from recipe import add_device_flag, add_network_flags
+from distributed import amp_dtype, in_turn, processes
+from features import Extraction
+from recipe import add_amp_flag, add_device_flag, add_network_flags, usable_cores
 from terminal import first_process, json_line, say
 
 
@@ -45,6 +46,36 @@ def add_flags(parser, nargs=None):
     parser.add_argument("--output", type=Path,
                         help="folder for the results (default: the checkpoint's)")  # fmt: skip
     add_device_flag(parser)
+
+
+def add_extraction_flags(parser):
+    """Add the flags of commands that extract features."""
+    add = parser.add_argument
+    add("--cache", action="store_true",
+        help="keep features in the output folder, and read those that are there")  # fmt: skip
+    add_amp_flag(parser)
+    add("--batch", type=int, default=256, help="images a process at a time")
+    workers = min(2, usable_cores())
+    add("--workers", type=int, default=workers, help="processes that read images")
+
+
+def extraction(args, subject):
+    """Return the Extraction that the flags ask for."""
+    return Extraction(
+        subject.device,
+        args.batch,
+        args.workers,
+        amp_dtype(args.amp, subject.device),
+        rank=subject.rank,
+        world=subject.world,
+        cache=subject.folder if args.cache else None,
+    )
+
+
+def check_workers(args):
+    """ValueError: --workers is negative."""
+    if args.workers < 0:
+        raise ValueError(f"--workers {args.workers} must not be negative")
 
 
 def check_positive(args, *flags):

@@ -1,5 +1,7 @@
 """The built-in images: coloured objects on noise, drawn here, with their masks. No download.
 
+    python shapes.py FOLDER     the thousand held-out images as PNG files, a folder for each class
+
 An image shows one object, a core in a rim of another colour, both of mottled cells, on black and
 white noise. Its class is the step in hue from the rim to the core, in tenths of a turn: neither
 colour alone tells it, nor do place, size, outline or background. Each cell strays from its hue, so
@@ -7,12 +9,16 @@ that only many together show it. They are drawn so that one transformer block ca
 minutes; docs/laptop.md says what mattered.
 """
 
+import argparse
 import colorsys
 import math
+from pathlib import Path
 from random import Random
 
 from PIL import Image, ImageDraw
 from torchvision.transforms.functional import pil_to_tensor
+
+from terminal import run_command
 
 LENGTHS = {"train": 10_000, "val": 1_000}
 RIM_HUES = 5
@@ -146,3 +152,22 @@ class ShapesFilm(Shapes):
             image.paste(self.mottled(rng, core), mask=self.fill((center, points), 0.6))
             mask.paste(i + 1, mask=body.point(lambda value: 255 * (value > 127)))
         return image, mask
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Write the held-out built-in images as PNG files.")
+    parser.add_argument("folder", type=Path, help="where they go, a folder for each class")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    shapes = Shapes("val")
+    for i in range(len(shapes)):
+        place = args.folder / shapes.classes[shapes.labels[i]]
+        place.mkdir(parents=True, exist_ok=True)
+        shapes.draw(i)[0].save(place / f"{i}.png")
+    print(f"{len(shapes)} images of {len(shapes.classes)} classes -> {args.folder}")
+
+
+if __name__ == "__main__":
+    run_command(main, parse_args)

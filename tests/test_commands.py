@@ -71,7 +71,7 @@ def test_errors_are_one_line(folder, tmp_path, monkeypatch):
         assert message in errors[0] and errors[0].startswith(f"{file}: ")
 
 
-COMMANDS = "train.py evaluate.py segment.py visualize.py checkpoint.py bench.py".split()
+COMMANDS = "train.py evaluate.py retrieve.py segment.py visualize.py checkpoint.py bench.py".split()
 
 
 @pytest.mark.parametrize("file", COMMANDS)

@@ -15,6 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import evaluate
 import features
+import retrieve
 import segment
 from augment import normalize
 from backbone import architecture, build_backbone, resnet50
@@ -380,13 +381,15 @@ def test_the_probes_features_are_the_papers_for_vit_s_or_vit_b(
 
 
 SEVERAL = """
-import functools, json, sys, contextlib, evaluate, protocol, segment
+import functools, json, sys, contextlib, evaluate, protocol, retrieve, segment
+MODULES = {"masks": segment, "davis": segment, "search": retrieve, "copies": retrieve}
 with protocol.processes("cpu") as joined:
     protocol.processes = lambda name: contextlib.nullcontext(joined)
     for flags in json.loads(sys.argv[1]):
-        command = segment if flags[0] in ("masks", "davis") else evaluate
+        command = MODULES.get(flags[0], evaluate)
         command.main(command.parse_args(flags))
 """
+MODULES = {"masks": segment, "davis": segment, "search": retrieve, "copies": retrieve}
 
 
 def test_two_processes_print_what_one_prints(folder, checkpoint, tmp_path, capsys):
@@ -409,14 +412,16 @@ def test_two_processes_print_what_one_prints(folder, checkpoint, tmp_path, capsy
         ["knn", *same, "--k", "4", "--data", str(folder / "val"), "--cache", *reading, "6"],
         ["masks", *same, "--size", "16"],
         ["davis", *same, "--data", "shapes", "--size", "16", "--context", "1"],
+        ["search", same[0], str(folder / "val" / "größe"), *same[1:], "--cache", *reading, "6"],
+        ["copies", *same, "--threshold", "0.99", *reading, "6"],
         ["linear", *same, "--epochs", "3", *reading, "6"],
         ["linear", *same, "--cached", "--epochs", "3", *reading, "6"],
     ]
     for flags in commands:
-        command = segment if flags[0] in ("masks", "davis") else evaluate
+        command = MODULES.get(flags[0], evaluate)
         command.main(command.parse_args(flags))
     alone = capsys.readouterr().out
-    for path in out.glob("features-*"):
+    for path in [*out.glob("features-*"), *out.glob("index-*")]:
         path.unlink()
 
     (tmp_path / "several.py").write_text(SEVERAL)
@@ -429,7 +434,7 @@ def test_two_processes_print_what_one_prints(folder, checkpoint, tmp_path, capsy
     assert result.stdout == alone and "left out" in alone
     assert "11 queries against 12 images" in alone and "11 queries against 10 images" in alone
     lines = [json.loads(line) for line in (out / "evaluate.jsonl").read_text().splitlines()]
-    for one, two in zip(lines[:6], lines[6:], strict=True):
+    for one, two in zip(lines[:8], lines[8:], strict=True):
         assert one.pop("seconds") >= 0 and two.pop("seconds") >= 0
         assert one.pop("loss", []) == pytest.approx(two.pop("loss", []), rel=1e-5)
         assert one == two

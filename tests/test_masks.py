@@ -8,7 +8,14 @@ from PIL import Image
 import segment
 from backbone import build_backbone
 from data import load
-from masks import load_with_masks, read_mask, resize_mask, voc_palette, whole_palette, write_mask
+from masks import (
+    load_with_masks,
+    read_mask,
+    resize_mask,
+    voc_palette,
+    whole_palette,
+    write_mask,
+)
 
 NUMBERS = torch.tensor([[0, 1, 1, 7], [0, 0, 255, 7]], dtype=torch.uint8)
 

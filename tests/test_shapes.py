@@ -2,7 +2,8 @@
 
 import torch
 
-from shapes import Shapes
+from data import Folder
+from shapes import LENGTHS, Shapes, main, parse_args
 
 
 def test_shapes_are_deterministic_labelled_and_masked():
@@ -13,6 +14,15 @@ def test_shapes_are_deterministic_labelled_and_masked():
         image, mask = train[i], train.mask(i)
         assert image.shape == (3, 64, 64) and image.dtype == torch.uint8 and mask.shape == (64, 64)
         assert mask.unique().tolist() == [0, 1] and 0.1 < mask.float().mean() < 0.3
+
+
+def test_they_can_be_written_as_files(tmp_path, monkeypatch):
+    monkeypatch.setitem(LENGTHS, "val", 20)
+    main(parse_args([str(tmp_path / "out")]))
+    images, shapes = Folder(tmp_path / "out"), Shapes("val")
+    assert len(images) == 20 and len(images.classes) == 10
+    number = images.paths.index("core 108 degrees from rim/13.png")
+    assert torch.equal(images[number], shapes[13])
 
 
 def simple_features(shapes):

@@ -203,3 +203,24 @@ def region_and_contour(result, truth, void):
     recall = sum(near(y, x, found) for y, x in wanted) / len(wanted)
     together = precision + recall
     return region, 2 * precision * recall / together if together else 0.0
+
+
+def average_precision(order, positives, junk):
+    """The area under precision over recall of a ranking of images, without the junk, by trapezoids:
+    for each positive the mean of the precision before it and with it."""
+    ranked = [image for image in order if image not in junk or image in positives]
+    total, found = 0.0, 0
+    for rank, image in enumerate(ranked):
+        if image in positives:
+            before = found / rank if rank > 0 else 1.0
+            found += 1
+            total += (before + found / (rank + 1)) / 2
+    return total / len(positives)
+
+
+def precision_at(order, positives, junk, k):
+    """The share of positives among the first k, or as far as the last positive."""
+    ranked = [image for image in order if image not in junk or image in positives]
+    last = max(rank for rank, image in enumerate(ranked) if image in positives)
+    first = ranked[: min(k, last + 1)]
+    return sum(image in positives for image in first) / len(first)
