@@ -63,10 +63,12 @@ class MultiCrop:
     """uint8 [3, h, w] -> globals [2, 3, g, g], locals [v - 2, 3, l, l] and photometry [v, 8].
 
     The crops are uint8, no tensor if there are none; the photometry is float32, see PARAMETERS.
+    blur_sigma: the largest, in pixels.
     """
 
     def __init__(self, global_size=224, local_size=96, local_crops=8,
-                 global_scale=(0.4, 1.0), local_scale=(0.05, 0.4)):  # fmt: skip
+                 global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), blur_sigma=2.0):  # fmt: skip
+        self.blur_sigma = blur_sigma
         global_1 = View(global_size, global_scale, blur=1.0, solarize=0.0)
         global_2 = View(global_size, global_scale, blur=0.1, solarize=0.2)
         local = View(local_size, local_scale, blur=0.5, solarize=0.0)
@@ -76,13 +78,13 @@ class MultiCrop:
         crops, parameters = [], []
         for view in self.views:
             crops.append(random_resized_crop(image, view.size, view.scale, rng))
-            parameters.append(draw_parameters(rng, view.blur, view.solarize))
+            parameters.append(draw_parameters(rng, view.blur, view.solarize, self.blur_sigma))
         groups = [torch.stack(group) for group in (crops[:2], crops[2:]) if group]
         return *groups, torch.tensor(parameters, dtype=torch.float32)
 
 
 # Photometry: a batch, on the training device.
-def draw_parameters(rng: Random, blur, solarize):
+def draw_parameters(rng: Random, blur, solarize, blur_sigma=2.0):
     """Draw one view's photometry: floats in the order of PARAMETERS.
 
     Jitter has probability 0.8, grey 0.2. Not applied: order -1, grey 0, sigma 0, solarise 0.
@@ -92,7 +94,7 @@ def draw_parameters(rng: Random, blur, solarize):
     saturation, hue = rng.uniform(0.8, 1.2), rng.uniform(-0.1, 0.1)  # hue in turns
     drawn = [brightness, contrast, saturation, hue, rng.randrange(len(ORDERS))]
     jitter = drawn if jittered else [1, 1, 1, 0, -1]
-    sigma = rng.uniform(0.1, 2.0) if rng.random() < blur else 0
+    sigma = rng.uniform(blur_sigma / 20, blur_sigma) if rng.random() < blur else 0
     gray = rng.random() < 0.2
     return [*jitter, gray, sigma, rng.random() < solarize]
 

@@ -99,14 +99,22 @@ class Block(NamedTuple):
 def open_copydays(data):
     """Open a folder in Copydays' layout: (originals, {name: Block}).
 
-    ValueError: there are no originals or no copies, or one is of no original.
+    ValueError: there are no originals or no copies, two originals begin alike, or a copy has none.
     """
     root = Path(data)
     originals = Files(files_below(root / "original"))
-    number = {path.name[:4]: i for i, path in enumerate(originals.paths)}
+    number = {}
+    for i, path in enumerate(originals.paths):
+        if path.name[:4] in number:
+            first = originals.paths[number[path.name[:4]]]
+            raise ValueError(
+                f"{str(first)!r} and {str(path)!r} begin with the same four characters, which say "
+                "what a copy's original is"
+            )
+        number[path.name[:4]] = i
     blocks = {}
     for path in files_below(root):
-        if path.parent == root / "original":
+        if root / "original" in path.parents:
             continue
         if path.name[:4] not in number:
             raise ValueError(f"{str(path)!r} is a copy of no image in original/")
@@ -134,16 +142,19 @@ def whitening(features):
     """Learn a whitening from features [n, d]: a function of features [m, d].
 
     Each principal component is divided by the root of its eigenvalue, at least 1e-5 of the largest.
+    ValueError: all features are the same.
     """
     x = features.double()
     mean = x.mean(0)
     value, vector = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+    if value.max() <= 0:
+        raise ValueError("a whitening needs images whose features differ")
     scaled = vector / value.clamp_min(1e-5 * value.max()).sqrt()
     return lambda features: ((features.double() - mean) @ scaled).float()
 
 
-def detect(backbone, originals, count, blocks, distractors, learned_from, how):
-    """Return each block's mAP in per cent: {name: mAP}.
+def detect_copies(backbone, originals, count, blocks, distractors, learned_from, how):
+    """Look for each copy's original, and return each block's mAP in per cent: {name: mAP}.
 
     count: how many of the originals are looked for. distractors, and the images that a whitening is
     learned from, may be None.
@@ -156,12 +167,16 @@ def detect(backbone, originals, count, blocks, distractors, learned_from, how):
     place = {number: [n] for n, number in enumerate(read)}  # of an original in the database
     if distractors:
         database = torch.cat([database, features_of(distractors)[0]])
-    whiten = whitening(features_of(learned_from)[0]) if learned_from else torch.Tensor.float
-    database, figures = whiten(database), {}
+    if learned_from:
+        whiten = whitening(features_of(learned_from)[0])
+        database = whiten(database)
+    figures = {}
     for name, block in blocks.items():
         queries, read = features_of(block.images, len(block.originals))
+        if learned_from:
+            queries = whiten(queries)
         positives = [place.get(block.originals[i], []) for i in read]
-        figures[name] = mean_average_precision(whiten(queries), database, positives)
+        figures[name] = mean_average_precision(queries, database, positives)
     return figures
 
 
@@ -176,26 +191,32 @@ def evaluate_copydays(args, subject):
     else:
         originals, blocks = in_turn(lambda: open_copydays(subject.data))
         count = len(originals)
-    distractors = Folder(args.distractors) if args.distractors else None
-    learned_from = Folder(args.whitening) if args.whitening else None
+    distractors = in_turn(lambda: Folder(args.distractors)) if args.distractors else None
+    learned_from = in_turn(lambda: Folder(args.whitening)) if args.whitening else None
 
-    how = extraction(args, subject)
-    how = replace(how, fit=square, size=args.size, gem=isinstance(subject.backbone, ViT))
-    columns, beside = {}, made if args.untrained is None else args.untrained
-    for name, network in subject.networks(beside).items():
-        columns[name] = detect(network, originals, count, blocks, distractors, learned_from, how)
+    is_vit = isinstance(subject.backbone, ViT)
+    how = replace(extraction(args, subject), fit=square, size=args.size, gem=is_vit)
+    size, width = how.size_for(subject.backbone), how.width(subject.backbone)
+    if is_vit and size % subject.backbone.patch:
+        raise ValueError(f"--size {size} must be divisible by the patch, {subject.backbone.patch}")
+    if learned_from and len(learned_from) < width:
+        say(f"note: a whitening of {width} dimensions is learned from {len(learned_from)} images")
+    beside = made if args.untrained is None else args.untrained
+    networks = {name: (network, how) for name, network in subject.networks(beside).items()}
     if made:
-        pixels = replace(how, size=None, gem=False)
-        pixels = detect(RawPixels(), originals, count, blocks, distractors, learned_from, pixels)
-        columns["raw pixels"] = pixels
+        networks["raw pixels"] = RawPixels(), replace(how, size=None, gem=False)
+    columns = {}
+    for name, (network, how_seen) in networks.items():
+        columns[name] = detect_copies(
+            network, originals, count, blocks, distractors, learned_from, how_seen
+        )
 
-    dim = subject.backbone.dim * (1 + how.gem)
-    if learned_from and len(learned_from) < dim:
-        say(f"note: a whitening of {dim} dimensions is learned from {len(learned_from)} images")
     others = f" among {len(distractors)} distractors" if distractors else ""
     say(f"{subject.data}: {count} originals{others}; mean average precision in %")
     say(f"{'':16}  copies" + "".join(f"  {name:>10}" for name in columns))
     for name, block in blocks.items():
         row = "".join(f"  {column[name]:10.1f}" for column in columns.values())
         say(f"{name:16}  {len(block.originals):6}{row}")
-    return {"originals": count, "distractors": len(distractors or ()), **columns}
+    settings = {"size": size, "gem": how.gem, "dtype": str(how.dtype)}
+    settings["whitening"] = args.whitening and str(args.whitening)
+    return settings | {"originals": count, "distractors": len(distractors or ()), **columns}

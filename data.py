@@ -201,6 +201,7 @@ class Torchvision:
     note = None  # as in Folder
 
     def __init__(self, name, split):
+        self.title = f"{name} {split}"
         root = Path(torch.hub.get_dir()).parent / "datasets"
         try:
             self.data, labels = TORCHVISION[name](str(root), split == "train")
@@ -219,7 +220,7 @@ class Torchvision:
         return to_tensor(self.data[i][0])
 
     def name(self, i):
-        return f"image {i}"
+        return f"{self.title}, image {i}"
 
     def mask(self, i):
         """Return VOC2012's objects, uint8 [h, w]: 0 background, 1, 2, ... objects, 255 left open.
@@ -255,6 +256,41 @@ def load_both(name):
     if val is not None and val.classes != train.classes:
         say("note: the held-out split has other classes than the training split: it is not used")
         val = None
+    return train, val
+
+
+def load_labelled(data, held_out=False):
+    """Return (training split, held-out split or None) of a labelled data set.
+
+    Held-out labels are numbered like the training split's, further classes after those. held_out:
+    there must be such a split. ValueError: there is none, no labels, or no class in common.
+    """
+    train, val = load(data, "train"), load(data, "val")
+    if held_out and val is None and train.labels is not None:
+        raise ValueError(
+            f"{data!r} has no held-out split to test a classifier on: "
+            "put its images into train/ and val/"
+        )
+    for name, images in ((repr(data), train), (f"the held-out split of {data!r}", val)):
+        if images is not None and images.labels is None:
+            note = f" ({images.note})" if images.note else ""
+            raise ValueError(
+                f"{name} has no labels: put the images of each class, two or more, into a folder "
+                f"of its own{note}"
+            )
+    if val is None or val.classes == train.classes:
+        return train, val
+    unseen = [name for name in val.classes if name not in train.classes]
+    if len(unseen) == len(val.classes):
+        raise ValueError(
+            f"{data!r}: the training split has classes {train.classes}, "
+            f"the held-out one {val.classes}: none in common"
+        )
+    if unseen:
+        names = ", ".join(map(repr, unseen))
+        say(f"note: the training split lacks {names}: held-out images of it count as wrong")
+    number = {name: i for i, name in enumerate(train.classes + unseen)}
+    val.labels = [label if label < 0 else number[val.classes[label]] for label in val.labels]
     return train, val
 
 

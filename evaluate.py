@@ -3,6 +3,8 @@
     python evaluate.py knn    runs/laptop/last.pth       data: what the checkpoint was trained on
     python evaluate.py linear runs/laptop/last.pth       the paper's protocol, on random crops
     python evaluate.py linear runs/laptop/last.pth --cached     on central crops, in seconds
+    python evaluate.py logistic runs/laptop/last.pth     with few of the labels (lowshot.py)
+    python evaluate.py predict runs/laptop/last.pth runs/laptop/linear.pth img.jpg
     torchrun --nproc_per_node=8 evaluate.py ...          each process with its share of the images
 
 Beside each figure stands an untrained network's; each evaluation adds a line to evaluate.jsonl in
@@ -16,7 +18,8 @@ import math
 import time
 from collections import Counter
 from dataclasses import replace
-from random import Random
+from itertools import chain
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,10 +29,22 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from backbone import trained_at
-from data import Order, load
-from distributed import in_turn
-from features import Crops, extract, represent
+from checkpoint import load_backbone, load_checkpoint
+from data import Order, load_labelled
+from distributed import in_turn, usable_device
+from features import (
+    Crops,
+    Extraction,
+    center_crop,
+    choose_labelled,
+    describe_tokens,
+    labelled_features,
+    probe_tokens,
+    represent,
+)
 from files import write_whole
+from film import stills
+from lowshot import evaluate_logistic
 from protocol import (
     add_extraction_flags,
     add_flags,
@@ -38,28 +53,8 @@ from protocol import (
     extraction,
     run_protocol,
 )
+from recipe import add_device_flag, add_network_flags
 from terminal import first_process, progress, run_command, say
-from vit import ViT
-
-
-def choose_labelled(labels, limit=None):
-    """Return the indices of labelled images: all of them, or limit drawn at random.
-
-    The draw is always the same. ValueError: there are none.
-    """
-    indices = [i for i, label in enumerate(labels) if label >= 0]
-    if not indices:
-        raise ValueError("no labelled images")
-    if limit and limit < len(indices):
-        return sorted(Random(0).sample(indices, limit))
-    return indices
-
-
-def labelled_features(backbone, images, how, limit=None):
-    """Return (features [n, d], labels [n]) of the labelled images, or of limit of them."""
-    x, read = extract(backbone, images, choose_labelled(images.labels, limit), how)
-    return x, torch.tensor([images.labels[i] for i in read], device=x.device)
-
 
 # ---- weighted k-NN ----
 
@@ -108,7 +103,7 @@ def knn_of(backbone, train, val, how, ks=(10, 20, 100, 200), limits=(None, None)
 
 def evaluate_knn(args, subject):
     """The k-NN protocol: print its table, and return its figures."""
-    train, val = in_turn(lambda: open_splits(subject.data))
+    train, val = in_turn(lambda: load_labelled(subject.data))
     how = extraction(args, subject)
     networks = subject.networks(args.untrained is not False)
     results = {name: knn_of(net, train, val, how, args.k) for name, net in networks.items()}
@@ -238,37 +233,9 @@ def random_batches(backbone, crops, targets, batches, how):
         yield represent(backbone, crop, how), targets[n].where(n >= 0, -1)
 
 
-def probe_tokens(backbone, args):
-    """Choose the tokens that the probe sees: {"last": ..., "mean_patches": ...}, as in Extraction.
-
-    The paper takes the last four blocks' class tokens for ViT-S; for ViT-B the last one's and its
-    mean patch token. So do we for a ViT with fewer than four blocks, which the paper lacks.
-    """
-    if not isinstance(backbone, ViT):
-        return {"last": 1, "mean_patches": False}
-    depth = len(backbone.blocks)
-    as_vit_b = backbone.dim >= 768 or depth < 4
-    last = args.last or (1 if as_vit_b else 4)
-    mean_patches = as_vit_b if args.mean_patches is None else args.mean_patches
-    return {"last": min(last, depth), "mean_patches": mean_patches}
-
-
-def describe_tokens(backbone, last, mean_patches):
-    if not isinstance(backbone, ViT):
-        return "pooled features"
-    blocks = "1 block" if last == 1 else f"{last} blocks"
-    mean = ", mean patch token" if mean_patches else ""
-    return f"class tokens of the last {blocks}{mean}"
-
-
 def evaluate_linear(args, subject):
     """The linear protocol: print its table, save the best head, and return the figures."""
-    train, val = in_turn(lambda: open_splits(subject.data))
-    if val is None:
-        raise ValueError(
-            f"{subject.data!r} has no held-out split to test a linear classifier on: "
-            "put its images into train/ and val/"
-        )
+    train, val = in_turn(lambda: load_labelled(subject.data, held_out=True))
     kind = probe_tokens(subject.backbone, args)
     how = replace(extraction(args, subject), **kind)
     beside = args.cached if args.untrained is None else args.untrained
@@ -310,67 +277,101 @@ def save_head(path, head, classes, cached, kind):
         write_whole(path, lambda file: torch.save(saved, file))
 
 
-# ---- the command ----
-
-
-def open_splits(data):
-    """Return (training split, held-out split or None) of a labelled data set.
-
-    Held-out labels are numbered like the training split's, further classes after those.
-    ValueError: no labels, or no class in common.
-    """
-    train, val = load(data, "train"), load(data, "val")
-    for name, images in ((repr(data), train), (f"the held-out split of {data!r}", val)):
-        if images is not None and images.labels is None:
-            note = f" ({images.note})" if images.note else ""
+def predict(args):
+    """Print the likeliest classes of images, with the probability that linear.pth gives them."""
+    head = load_checkpoint(args.head)
+    if not {"weight", "bias", "classes", "last", "mean_patches"} <= head.keys():
+        raise ValueError(f"{str(args.head)!r} is no linear.pth: evaluate.py linear writes one")
+    loaded = load_backbone(args.checkpoint, args.network, args.heads)
+    device = usable_device(args.device)
+    backbone, weight = loaded.backbone.to(device), head["weight"].to(device)
+    how = Extraction(device, last=head["last"], mean_patches=head["mean_patches"])
+    say(loaded.description)
+    for path, image in chain.from_iterable(map(stills, args.images)):
+        x = represent(backbone, center_crop(image, trained_at(backbone))[None], how)
+        if x.shape[1] != weight.shape[1]:
             raise ValueError(
-                f"{name} has no labels: put the images of each class, two or more, into a folder "
-                f"of its own{note}"
+                f"{str(args.head)!r} is for features of {weight.shape[1]} numbers, "
+                f"{args.checkpoint} gives {x.shape[1]}: it is another network's"
             )
-    if val is None or val.classes == train.classes:
-        return train, val
-    unseen = [name for name in val.classes if name not in train.classes]
-    if len(unseen) == len(val.classes):
-        raise ValueError(
-            f"{data!r}: the training split has classes {train.classes}, "
-            f"the held-out one {val.classes}: none in common"
-        )
-    if unseen:
-        names = ", ".join(map(repr, unseen))
-        say(f"note: the training split lacks {names}: held-out images of it count as wrong")
-    number = {name: i for i, name in enumerate(train.classes + unseen)}
-    val.labels = [label if label < 0 else number[val.classes[label]] for label in val.labels]
-    return train, val
+        probability = (x[0] @ weight.T + head["bias"].to(device)).softmax(0)
+        value, order = probability.topk(min(args.top, len(probability)))
+        likeliest = []
+        for share, number in zip(value.tolist(), order.tolist()):
+            likeliest.append(f"{100 * share:.1f} % {head['classes'][number]}")
+        say(f"{path}: {', '.join(likeliest)}")
+
+
+# ---- the commands ----
+
+
+def add_protocol(commands, name, text):
+    """Add a command with the flags that all evaluations have."""
+    parser = commands.add_parser(name, help=text)
+    add_flags(parser)
+    add_extraction_flags(parser)
+    parser.add_argument("--untrained", action=argparse.BooleanOptionalAction, help="an untrained "
+                        "network beside (default: yes, in linear only if --cached)")  # fmt: skip
+    return parser.add_argument
+
+
+def add_token_flags(add):
+    add("--last", type=int, help="how many blocks' class tokens (default: 4; from width 768 on, or "
+        "of fewer than four blocks, 1)")  # fmt: skip
+    add("--mean_patches", action=argparse.BooleanOptionalAction, help="the mean patch token too "
+        "(default: from width 768 on, or of fewer than four blocks)")  # fmt: skip
 
 
 def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    add = parser.add_argument
-    add("protocol", choices=("knn", "linear"))
-    add_flags(parser)
+    commands = parser.add_subparsers(dest="protocol", required=True)
+
+    add = add_protocol(commands, "knn", "weighted k-NN")
     add("--k", type=int, nargs="+", default=[10, 20, 100, 200],
-        help="knn: neighbours (the paper's: 10 20 100 200, 20 is best)")  # fmt: skip
-    add("--cached", action="store_true", help="linear: train on features extracted once, in "
-        "seconds; not the paper's protocol")  # fmt: skip
-    add("--epochs", type=int, default=100, help="linear: passes over the data (the paper's: 100)")
+        help="neighbours (the paper's: 10 20 100 200, 20 is best)")  # fmt: skip
+
+    add = add_protocol(commands, "linear", "a linear classifier on frozen features")
+    add("--cached", action="store_true", help="train on features extracted once, in seconds; not "
+        "the paper's protocol")  # fmt: skip
+    add("--epochs", type=int, default=100, help="passes over the data (the paper's: 100)")
     add("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3],
-        help="linear: learning rates for a batch of 256")  # fmt: skip
-    add("--last", type=int, help="linear: how many blocks' class tokens (default: 4; from width "
-        "768 on, or of fewer than four blocks, 1)")  # fmt: skip
-    add("--mean_patches", action=argparse.BooleanOptionalAction, help="linear: the mean patch "
-        "token too (default: from width 768 on, or of fewer than four blocks)")  # fmt: skip
-    add("--untrained", action=argparse.BooleanOptionalAction,
-        help="an untrained network beside (default: yes, in linear only if --cached)")  # fmt: skip
-    add_extraction_flags(parser)
-    add("--seed", type=int, default=0, help="linear: of the crops and their order")
+        help="learning rates for a batch of 256")  # fmt: skip
+    add("--seed", type=int, default=0, help="of the crops and their order")
+    add_token_flags(add)
+
+    add = add_protocol(commands, "logistic", "logistic regression with few of the labels")
+    add("--fraction", type=float, nargs="+", default=[0.01, 0.1],
+        help="shares of each class's labels (the paper's: 0.01 0.1)")  # fmt: skip
+    add("--draws", type=int, default=5, help="how often the images are drawn")
+    add("--penalty", type=float, default=1.0, help="L2 penalty, for the sum over the images")
+    add_token_flags(add)
+
+    predicting = commands.add_parser("predict", help="the likeliest classes of images")
+    add = predicting.add_argument
+    add("checkpoint", help="a checkpoint, or the name of released weights")
+    add("head", type=Path, help="linear.pth, as evaluate.py linear writes it")
+    add("images", nargs="+", type=Path, help="images, or folders of images")
+    add("--top", type=int, default=3, help="how many classes")
+    add_network_flags(predicting)
+    add_device_flag(predicting)
     return parser.parse_args(argv)
 
 
+PROTOCOLS = {"knn": evaluate_knn, "linear": evaluate_linear, "logistic": evaluate_logistic}
+
+
 def main(args):
-    check_positive(args, "k", "lr", "batch", "epochs", "last")
+    for flag in ("k", "lr", "batch", "epochs", "last", "fraction", "draws", "penalty", "top"):
+        if hasattr(args, flag):
+            check_positive(args, flag)
+    if args.protocol == "predict":
+        predict(args)
+        return
+    if args.protocol == "logistic" and max(args.fraction) > 1:
+        raise ValueError(f"--fraction {args.fraction} must not be above 1")
     check_workers(args)
-    run_protocol(args, evaluate_knn if args.protocol == "knn" else evaluate_linear)
+    run_protocol(args, PROTOCOLS[args.protocol])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ what they get is in the order of the images.
 """
 
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from augment import normalize, random_resized_crop, resize
-from backbone import trained_at
+from backbone import architecture, trained_at
 from checkpoint import load_checkpoint
+from data import Folder
 from distributed import agree, autocast, combine
 from files import write_whole
 from terminal import first_process, progress, say
@@ -58,7 +60,7 @@ def square(image, size):
 
 
 def shrink(image, size):
-    """The whole image, shrunk so that its long side has at most so many pixels."""
+    """The whole image, its long side shrunk to size pixels if it is longer: uint8 [3, h', w']."""
     scale = min(1, size / max(image.shape[1:]))
     h, w = (max(1, round(side * scale)) for side in image.shape[1:])
     return resize(image, h, w)
@@ -120,6 +122,13 @@ class Extraction:
     world: int = 1  # processes that call together and share the images
     cache: Path | None = None  # a folder that keeps features
 
+    def size_for(self, backbone):
+        return self.size or trained_at(backbone)
+
+    def width(self, backbone):
+        """How many numbers a feature has."""
+        return backbone.dim * (self.last + self.mean_patches + self.gem)
+
 
 class Crops(Dataset):
     """(epoch, n) -> (n, a crop of the n-th of the given images, uint8 [3, size, size]).
@@ -152,18 +161,25 @@ def represent(backbone, crops, how):
     block's mean patch token, or its patch tokens pooled by GeM; or what a convnet pools.
     """
     images = normalize(crops.to(how.device, non_blocking=True).float() / 255)
-    features = []
-    for scale in how.scales:
-        x = images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bilinear")
-        features.append(represent_at(backbone, x, how))
+    patch = backbone.patch if isinstance(backbone, ViT) else 1
+    features = [represent_at(backbone, scaled(images, s, patch), how) for s in how.scales]
     return torch.stack(features).mean(0)
 
 
+def scaled(images, scale, patch):
+    """Scale images [b, 3, h, w], to at least a patch, and cut what is no whole patch."""
+    h, w = images.shape[2:]
+    if min(h, w) * scale < patch:
+        size = [max(patch, int(side * scale)) for side in (h, w)]
+        images = F.interpolate(images, size, mode="bilinear")
+    elif scale != 1:
+        images = F.interpolate(images, scale_factor=scale, mode="bilinear")
+    h, w = (side // patch * patch for side in images.shape[2:])
+    return images[:, :, :h, :w]
+
+
 def represent_at(backbone, images, how):
-    """Normalised images [b, 3, h, w] -> features [b, d]; a ViT sees whole patches alone."""
-    if isinstance(backbone, ViT):
-        h, w = (side // backbone.patch * backbone.patch for side in images.shape[2:])
-        images = images[:, :, :h, :w]
+    """Normalised images [b, 3, h, w] in whole patches -> features [b, d]."""
     with autocast(how.device, how.dtype):
         if not isinstance(backbone, ViT) or not (how.last > 1 or how.mean_patches or how.gem):
             return backbone(images).float()
@@ -197,11 +213,10 @@ def extract(backbone, images, indices, how):
             return saved["features"].to(how.device), saved["read"]
 
     out, read = compute(backbone, images, indices, how)
-    out, indices = without_unread(out, read, images, indices)
-    if path and first_process():
+    if path and first_process() and all(read):  # an image may be mended under its name
         kept = {"features": out.cpu(), "read": indices}
         write_whole(path, lambda file: torch.save(kept, file))
-    return out, indices
+    return without_unread(out, read, images, indices)
 
 
 @torch.no_grad()
@@ -210,13 +225,12 @@ def compute(backbone, images, indices, how):
 
     The processes share the images.
     """
-    parts = how.last + how.mean_patches + how.gem
-    out = torch.zeros(len(indices), backbone.dim * parts, device=how.device)
+    out = torch.zeros(len(indices), how.width(backbone), device=how.device)
     read = torch.zeros(len(indices), device=how.device)
     start, training, done = time.monotonic(), backbone.training, 0
     backbone.eval()
     share = [(0, n) for n in range(how.rank, len(indices), how.world)]
-    dataset = Crops(images, indices, how.size or trained_at(backbone), fit=how.fit)
+    dataset = Crops(images, indices, how.size_for(backbone), fit=how.fit)
     pin = how.device.type == "cuda"
     loader = DataLoader(dataset, how.batch, sampler=share, num_workers=how.workers, pin_memory=pin)
     for n, crops in loader:
@@ -248,16 +262,59 @@ def fingerprint(backbone, images, indices, how):
 
     An image changed under its name is not noticed.
     """
+    place = os.path.abspath(images.root) if isinstance(images, Folder) else None
     names = [images.name(i) for i in indices]
-    content = maker(backbone, how), images.classes, images.labels, names
+    content = made_by(backbone, how), images.classes, images.labels, place, names
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
-def maker(backbone, how):
+def made_by(backbone, how):
     """Sixteen digits of what makes the features of an image: weights and settings."""
-    size = how.size or trained_at(backbone)
-    kinds = how.last, how.mean_patches, how.gem, how.fit.__name__, size, how.scales, how.dtype
-    digest = hashlib.sha256(repr(kinds).encode())
+    kinds = how.last, how.mean_patches, how.gem, how.fit.__name__, how.scales, how.dtype
+    settings = architecture(backbone), how.size_for(backbone), kinds
+    digest = hashlib.sha256(repr(settings).encode())
     for value in backbone.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def choose_labelled(labels, limit=None):
+    """Return the indices of labelled images: all of them, or limit drawn at random.
+
+    The draw is always the same. ValueError: there are none.
+    """
+    indices = [i for i, label in enumerate(labels) if label >= 0]
+    if not indices:
+        raise ValueError("no labelled images")
+    if limit and limit < len(indices):
+        return sorted(Random(0).sample(indices, limit))
+    return indices
+
+
+def labelled_features(backbone, images, how, limit=None):
+    """Return (features [n, d], labels [n]) of the labelled images, or of limit of them."""
+    x, read = extract(backbone, images, choose_labelled(images.labels, limit), how)
+    return x, torch.tensor([images.labels[i] for i in read], device=x.device)
+
+
+def probe_tokens(backbone, args):
+    """Choose the tokens that the probe sees: {"last": ..., "mean_patches": ...}, as in Extraction.
+
+    The paper takes the last four blocks' class tokens for ViT-S; for ViT-B the last one's and its
+    mean patch token. So do we for a ViT with fewer than four blocks, which the paper lacks.
+    """
+    if not isinstance(backbone, ViT):
+        return {"last": 1, "mean_patches": False}
+    depth = len(backbone.blocks)
+    as_vit_b = backbone.dim >= 768 or depth < 4
+    last = args.last or (1 if as_vit_b else 4)
+    mean_patches = as_vit_b if args.mean_patches is None else args.mean_patches
+    return {"last": min(last, depth), "mean_patches": mean_patches}
+
+
+def describe_tokens(backbone, last, mean_patches):
+    if not isinstance(backbone, ViT):
+        return "pooled features"
+    blocks = "1 block" if last == 1 else f"{last} blocks"
+    mean = ", mean patch token" if mean_patches else ""
+    return f"class tokens of the last {blocks}{mean}"

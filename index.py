@@ -1,13 +1,14 @@
 """The features of a folder of images, kept between calls: only what is new or changed is computed.
 
-A file counts as unchanged if its size and its time of change are as they were. What is kept lies in
-a file of its own for each folder and for what made the features: weights and settings. It is
-written after every CHUNK images, so that of a long extraction that is stopped most remains.
+A file counts as unchanged if its size and its time of modification are as they were. What is kept
+lies in a file of its own for each folder and for what made the features: weights and settings. It
+is written every ten minutes, so that of a long extraction that is stopped most remains.
 """
 
 import hashlib
 import os
 import sys
+import time
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,12 @@ import torch.nn.functional as F
 from checkpoint import load_checkpoint
 from data import Folder, unreadable
 from distributed import agree, in_turn
-from features import compute, maker
+from features import compute, made_by
 from files import write_whole
 from terminal import first_process, say
 
-CHUNK = 20_000
+CHUNK = 20_000  # images computed between looks at the clock
+KEEP_EVERY = 600  # seconds
 
 
 class Index(NamedTuple):
@@ -33,20 +35,26 @@ class Index(NamedTuple):
 def index_folder(backbone, folder, how):
     """Return the Index of a folder; how.cache: where its features are kept, or None.
 
-    ValueError: there is no image, or none can be read.
+    ValueError: there is no image, none can be read, or processes see different folders.
     """
     images = in_turn(lambda: Folder(folder))
+    digest = int(hashlib.sha256(repr(images.paths).encode()).hexdigest()[:12], 16)
+    if agree(digest) != digest or agree(-digest) != -digest:
+        raise ValueError(f"the processes do not see the same images in {str(folder)!r}")
     stats = torch.tensor([size_and_time(images.root / path) for path in images.paths])
     path = place_for(folder, backbone, how) if how.cache else None
-    width = backbone.dim * (how.last + how.mean_patches + how.gem)
-    features, known, changed = recall(path, images.paths, stats, width)
+    features, known, is_stale = recall(path, images.paths, stats, how.width(backbone))
 
     missing = (~known).nonzero()[:, 0].tolist()
+    kept_at = time.monotonic()
     for chunk in (missing[i : i + CHUNK] for i in range(0, len(missing), CHUNK)):
         computed, read = compute(backbone, images, chunk, how)
         features[chunk], known[chunk] = computed.cpu(), torch.tensor(read)
-        keep(path, images.paths, stats, features, known)
-    if changed and not missing:
+        is_stale = is_stale or any(read)
+        if is_stale and (time.monotonic() - kept_at > KEEP_EVERY or chunk[-1] == missing[-1]):
+            keep(path, images.paths, stats, features, known)
+            kept_at, is_stale = time.monotonic(), False
+    if is_stale:
         keep(path, images.paths, stats, features, known)
 
     bad = (~known).nonzero()[:, 0].tolist()
@@ -72,13 +80,14 @@ def size_and_time(path):
 def place_for(folder, backbone, how):
     """Choose where the features of a folder are kept."""
     digest = hashlib.sha256(os.path.realpath(folder).encode("utf-8", "surrogateescape"))
-    return how.cache / f"index-{maker(backbone, how)}-{digest.hexdigest()[:8]}.pth"
+    return how.cache / f"index-{made_by(backbone, how)}-{digest.hexdigest()[:8]}.pth"
 
 
 def recall(path, names, stats, width):
-    """Read what is kept of these files: (features [n, width], known [n] bool, whether any is gone).
+    """Read what is kept of these files: (features [n, width], known [n] bool, whether it is stale).
 
-    Features of a file that is new or has changed are 0, and it is not known.
+    Features of a file that is new or has changed are 0, and it is not known. What is kept is stale
+    if it has files that are gone or have changed.
     """
     features, known = torch.zeros(len(names), width), torch.zeros(len(names), dtype=torch.bool)
     if path is None or agree(int(not path.exists())):
@@ -87,13 +96,14 @@ def recall(path, names, stats, width):
     row_of = {name: row for row, name in enumerate(saved["names"])}
     rows = torch.tensor([row_of.get(name, -1) for name in names])
     known = (rows >= 0) & (saved["stats"][rows] == stats).all(1)
+    known = agree((~known).byte()) == 0  # known to all processes
     features[known] = saved["features"][rows[known]]
     return features, known, known.sum().item() < len(row_of)
 
 
 def keep(path, names, stats, features, known):
-    """Write the features that are known."""
-    if path is None or not first_process():
+    """Write the features that are known, if there are any."""
+    if path is None or not known.any() or not first_process():
         return
     names = [name for name, good in zip(names, known.tolist()) if good]
     kept = {"names": names, "stats": stats[known], "features": features[known]}

@@ -3,7 +3,7 @@
     python retrieve.py oxford CKPT --data DATA      DATA/roxford5k/{jpg/, gnd_roxford5k.pkl}
     python retrieve.py paris  CKPT --data DATA      DATA/rparis6k/{jpg/, gnd_rparis6k.pkl}
 
-An image is shrunk to 224 pixels on its long side, its class token is compared by cosine
+An image is shrunk to 224 pixels on its long side, and its class token is compared by cosine
 similarity. Medium: easy and hard images count, junk is taken out of the ranking. Hard: hard images
 count, easy ones and junk are taken out. A query is not cropped to its box.
 """
@@ -48,13 +48,14 @@ def read_ground_truth(path):
     try:
         with open(path, "rb") as file:
             truth = PlainUnpickler(file, encoding="latin1").load()
-        for query in truth["gnd"]:
-            for kind in ("easy", "hard", "junk"):
-                query[kind] = [int(i) for i in query[kind]]
-                if not all(0 <= i < len(truth["imlist"]) for i in query[kind]):
-                    raise ValueError(f"an index outside its {len(truth['imlist'])} images")
-        if len(truth["gnd"]) != len(truth["qimlist"]):
+        images, queries, answers = truth["imlist"], truth["qimlist"], truth["gnd"]
+        if len(queries) != len(answers):
             raise ValueError("as many queries as answers are needed")
+        for answer in answers:
+            for kind in ("easy", "hard", "junk"):
+                answer[kind] = [int(i) for i in answer[kind]]
+                if not all(0 <= i < len(images) for i in answer[kind]):
+                    raise ValueError(f"an index outside its {len(images)} images")
     except Exception as error:  # a foreign file may be wrong in any way
         reason = str(error) or type(error).__name__
         raise ValueError(f"cannot read the ground truth {str(path)!r}: {reason}") from None
@@ -115,11 +116,12 @@ def evaluate_landmarks(args, subject):
     for images in (database, queries):
         x, read = extract(subject.backbone, images, list(range(len(images))), how)
         if len(read) < len(images):
-            raise ValueError("the benchmark needs all of its images")
+            raise ValueError("the benchmark needs all of its images: mend what is named above")
         features.append(x)
     figures = measure(rankings(features[1], features[0]), truth)
     say(f"{subject.data}: {len(queries)} queries, {len(database)} images, in %")
     say(f"{'':8}     mAP    mP@1    mP@5   mP@10")
     for difficulty, row in figures.items():
         say(f"{difficulty:8}" + "".join(f"{value:8.1f}" for value in row))
-    return {"multiscale": args.multiscale, **figures}
+    settings = {"size": args.size, "multiscale": args.multiscale, "dtype": str(how.dtype)}
+    return settings | figures

@@ -16,9 +16,28 @@ def teacher_probabilities(teacher, center, teacher_temp):
     """Eq. 1 for the teacher, centred: P_t = softmax((g_t - C) / tau_t), [t, b, k].
 
     Centring keeps one output from winning everywhere; the low tau_t sharpens, against the uniform
-    output. No gradient reaches the teacher.
+    output. center None: Sinkhorn-Knopp in its place. No gradient reaches the teacher.
     """
-    return F.softmax((teacher.detach().float() - center) / teacher_temp, dim=-1)
+    teacher = teacher.detach().float()
+    if center is None:
+        return sinkhorn(teacher / teacher_temp)
+    return F.softmax((teacher - center) / teacher_temp, dim=-1)
+
+
+def sinkhorn(logits, rounds=3):
+    """Sinkhorn-Knopp (Table 7): logits [t, b, k] -> P_t, over the t b views of all processes.
+
+    Each round brings every output's sum over the batch to 1 / K of the whole, then every view's
+    sum to 1. It is done on logarithms, where no factor overflows.
+    """
+    for _ in range(rounds):
+        total = logits.logsumexp((0, 1))
+        if dist.is_initialized():
+            totals = [torch.empty_like(total) for _ in range(dist.get_world_size())]
+            dist.all_gather(totals, total)
+            total = torch.stack(totals).logsumexp(0)
+        logits = F.log_softmax(logits - total, dim=-1)
+    return logits.exp()
 
 
 def dino_loss(student, teacher, center, student_temp, teacher_temp):

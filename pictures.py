@@ -75,8 +75,9 @@ def save_figure(figure, path, **options):
 
 def draw_panels(rows, path, note):
     """Draw rows of {title: panel} as a PNG; more than nine panels a row take several lines."""
-    lines = math.ceil(len(rows[0]) / 9)
-    columns = math.ceil(len(rows[0]) / lines)
+    longest = max(map(len, rows))
+    lines = math.ceil(longest / 9)
+    columns = math.ceil(longest / lines)
     ratios = []  # of each line's height to its panels' width
     for row in rows:
         h, w, _ = next(iter(row.values())).shape

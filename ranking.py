@@ -2,7 +2,7 @@
 
 For a query, images are positive, junk (taken out of the ranking) or negative. The i-th positive at
 rank r, both from 0, has the precision i / r before it (1 at r = 0) and (i + 1) / (r + 1) with it;
-average precision is the mean over all positives of their half sum.
+average precision is the mean over all positives of the mean of these two.
 """
 
 import torch
@@ -52,11 +52,13 @@ def rankings(queries, database):
 def mean_average_precision(queries, database, positives, junk=None):
     """Return mAP in per cent; positives, junk: for each query a list of indices.
 
-    A query without a positive is left out.
+    A query without a positive is left out. ValueError: that is all of them.
     """
     values = []
     for i, order in enumerate(rankings(queries, database)):
         if positives[i]:
             ranks = ranks_of(order, positives[i], junk[i] if junk else ())
             values.append(average_precision(ranks))
+    if not values:
+        raise ValueError("no query has a positive")
     return 100 * sum(values) / len(values)

@@ -24,6 +24,7 @@ RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
     "local_crops": (8, 4, "number of local crops"),
     "global_scale": ((0.4, 1.0), (0.4, 1.0), "area of a global crop, as a share of the image's"),
     "local_scale": ((0.05, 0.4), (0.1, 0.4), "area of a local crop"),
+    "blur_sigma": (2.0, 2.0, "largest sigma of the blur, in pixels"),
     # head
     "out_dim": (65536, 256, "K, the outputs of the head"),
     "hidden_dim": (2048, 256, "width of the head's hidden layers"),
@@ -67,13 +68,14 @@ BOUNDS = (  # flags, the least and the most that make sense
     ("student_temp teacher_temp warmup_teacher_temp", 1e-3, 1),
     ("momentum center_momentum", 0, 1),
     ("drop_path", 0, 0.99),
+    ("blur_sigma", 1e-3, 1e3),
     ("out_dim", 2, 1e9),
 )
 GROUPS = {  # how summary() arranges the configuration
     "network": "arch patch drop_path init",
-    "crops": "global_size global_scale local_size local_scale local_crops",
+    "crops": "global_size global_scale local_size local_scale local_crops blur_sigma",
     "head": "out_dim hidden_dim bottleneck_dim norm_last_layer freeze_last_layer",
-    "teacher": "momentum center_momentum no_centering no_sharpening",
+    "teacher": "momentum centering center_momentum no_sharpening",
     "softmax": "student_temp teacher_temp warmup_teacher_temp warmup_teacher_temp_epochs",
     "optimiser": "optimizer lr min_lr warmup_epochs weight_decay weight_decay_end clip",
     "length": "data epochs steps batch accumulate seed",
@@ -187,8 +189,9 @@ def add_run_flags(parser):
         "imagenette, flowers102, pets")  # fmt: skip
     add("--arch", default="vit_micro", choices=[*ARCHITECTURES, "resnet50"],
         help="vit_micro takes the laptop's recipe, the others the paper's")  # fmt: skip
-    add("--no_centering", action="store_true",
-        help="leave C at 0, to see the collapse onto one dimension (Figure 7)")  # fmt: skip
+    add("--centering", choices=("mean", "sinkhorn", "none"), default="mean",
+        help="Eq. 4; Sinkhorn-Knopp in its place (Table 7); none leaves C at 0, to see the "
+        "collapse onto one dimension (Figure 7)")  # fmt: skip
     add("--no_sharpening", action="store_true",
         help="tau_t = tau_s, to see the collapse to the uniform output (Figure 7)")  # fmt: skip
     add("--init", help="a checkpoint or a released name whose backbone to start from, of this "
@@ -264,9 +267,10 @@ def default_output(args):
         parts.append(data.parent.name if data.name == "train" else data.name)
     if world > 1:
         parts.append(f"b{args.batch * args.accumulate * world}")
-    for flag in ("no_centering", "no_sharpening"):
-        if getattr(args, flag):
-            parts.append(flag)
+    if args.centering != "mean":
+        parts.append(f"centering_{args.centering}")
+    if args.no_sharpening:
+        parts.append("no_sharpening")
     return Path("runs", "-".join(parts))
 
 

@@ -14,8 +14,8 @@ new or changed files are computed again. The benchmarks are in landmarks.py and 
 
 import argparse
 import json
+import time
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from random import Random
 
@@ -24,14 +24,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from backbone import trained_at
 from copydays import Copies, evaluate_copydays, jpeg
 from data import Files
 from decode import read_image
 from features import extract, represent
 from files import write_whole
 from film import stills
-from index import index_folder
+from index import Index, index_folder
 from landmarks import evaluate_landmarks
 from pictures import draw_panels, shown
 from protocol import (
@@ -42,28 +41,45 @@ from protocol import (
     extraction,
     run_protocol,
 )
-from terminal import first_process, run_command, say
+from terminal import first_process, progress, run_command, say
+from vit import ViT
 
 ROWS, COLUMNS = 10, 8  # of a picture, at most
 SAMPLE = 200  # images, copies of which say how near copies are
-PAIRS = 2**22  # similarities computed at once: 16 MB
+BLOCK = (1024, 4096)  # similarities computed at once: 16 MB
 
 
 def open_index(args, subject):
-    """Return (Extraction, Index) of the folder --data. ValueError: it is not a folder."""
+    """Return (Extraction, Index) of the folder --data, without the pictures that we draw there.
+
+    ValueError: it is not a folder.
+    """
     if not Path(subject.data).is_dir():
-        raise ValueError(f"--data {subject.data} is no folder of images")
+        raise ValueError(
+            f"--data {subject.data} is no folder of images (python shapes.py FOLDER writes the "
+            "built-in ones)"
+        )
     how = extraction(args, subject)
-    return how, index_folder(subject.backbone, subject.data, how)
+    found = index_folder(subject.backbone, subject.data, how)
+    ours = [subject.folder.resolve() / name for name in ("search.png", "copies.png")]
+    root = Path(subject.data).resolve()
+    kept = [i for i, name in enumerate(found.names) if root / name not in ours]
+    if len(kept) < len(found.names):
+        found = Index([found.names[i] for i in kept], found.features[kept])
+    return how, found
 
 
-def panel(path):
-    """Return an image as a picture shows it; one that is gone by now is grey."""
-    try:
-        image = read_image(path)
-    except Exception:  # whatever a decoder may raise
-        image = torch.full((3, 8, 8), 128, dtype=torch.uint8)
+def panel(image):
+    """Return an image as a picture shows it."""
     return rearrange(shown(image, 160), "c h w -> h w c")
+
+
+def panel_of(path):
+    """Return the panel of an image file; one that is gone by now is grey."""
+    try:
+        return panel(read_image(path))
+    except Exception:  # whatever a decoder may raise
+        return torch.full((160, 160, 3), 128, dtype=torch.uint8)
 
 
 # ---- search ----
@@ -71,30 +87,35 @@ def panel(path):
 
 def search(args, subject):
     """Print the images of the folder that are nearest to each query, and draw them."""
-    how, index = open_index(args, subject)
-    root, rows, queries = Path(subject.data), [], 0
-    for path, image in chain.from_iterable(map(stills, args.query)):
-        view = how.fit(image, trained_at(subject.backbone))[None]
-        query = F.normalize(represent(subject.backbone, view, how), dim=-1).cpu()
-        found = nearest(query[0], index, args.top, root, path)
-        say(str(path))
-        row = {"query": rearrange(shown(image, 160), "c h w -> h w c")}
-        for n, (similarity, name) in enumerate(found):
-            say(f"  {similarity:6.3f}  {root / name}")
-            if n < COLUMNS and queries < ROWS:
-                row[f"{n + 1}: {similarity:.3f}"] = panel(root / name)
-        rows.append(row)
-        rows, queries = rows[:ROWS], queries + 1
+    how, found = open_index(args, subject)
+    root = Path(subject.data)
+    size = how.size_for(subject.backbone)
+    rows, queries = [], 0
+    for source in args.query:
+        for path, image in stills(source):
+            feature = represent(subject.backbone, how.fit(image, size)[None], how)
+            neighbours = nearest(F.normalize(feature, dim=-1)[0].cpu(), found, args.top, root, path)
+            queries += 1
+            say(str(path))
+            for cosine, name in neighbours:
+                say(f"  {cosine:6.3f}  {root / name}")
+            if len(rows) < ROWS and first_process():
+                row = {"query": panel(image)}
+                for n, (cosine, name) in enumerate(neighbours[:COLUMNS]):
+                    row[f"{n + 1}: {cosine:.3f}"] = panel_of(root / name)
+                rows.append(row)
+    if queries == 0:
+        raise ValueError("none of the queries can be read")
     if first_process():
         draw_panels(rows, subject.folder / "search.png", "the nearest images, with their cosine")
         say(f"-> {subject.folder / 'search.png'}")
-    return {"queries": queries, "images": len(index.names), "top": args.top}
+    return {"queries": queries, "images": len(found.names), "top": args.top}
 
 
 def nearest(query, index, top, root, path):
     """Return [(cosine, name), ...] of the images nearest to a query [d], but not of itself."""
     similarity = index.features @ query
-    value, order = similarity.topk(min(top + 1, len(index.names)))
+    value, order = similarity.topk(min(top + 10, len(index.names)))  # some may be links to it
     found = []
     for cosine, i in zip(value.tolist(), order.tolist()):
         place = root / index.names[i]
@@ -108,50 +129,53 @@ def nearest(query, index, top, root, path):
 
 def find_copies(args, subject):
     """Print groups of images that are copies of one another, the largest first, and draw them."""
-    how, index = open_index(args, subject)
+    how, found = open_index(args, subject)
     threshold = args.threshold
     if threshold is None:
-        threshold = usual_threshold(subject, how, index)
-    groups = near_duplicates(index.features, threshold)
-    copies = sum(map(len, groups))
+        threshold = usual_threshold(subject, how, found)
+    groups = near_duplicates(found.features, threshold)
+    grouped = sum(map(len, groups))
     say(
-        f"{subject.data}: {copies} of {len(index.names)} images are in {len(groups)} groups "
+        f"{subject.data}: {grouped} of {len(found.names)} images are in {len(groups)} groups "
         f"with a cosine of {threshold:.3f} or more"
     )
     for n, group in enumerate(groups):
         say(f"group {n + 1}, {len(group)} images")
         for i in group:
-            say(f"  {Path(subject.data) / index.names[i]}")
+            say(f"  {Path(subject.data) / found.names[i]}")
     if groups and first_process():
         rows = []
         for n, group in enumerate(groups[:ROWS]):
-            paths = [Path(subject.data) / index.names[i] for i in group[: COLUMNS + 1]]
-            rows.append({f"{n + 1}.{m + 1}": panel(path) for m, path in enumerate(paths)})
+            paths = [Path(subject.data) / found.names[i] for i in group[: COLUMNS + 1]]
+            rows.append({f"{n + 1}.{m + 1}": panel_of(path) for m, path in enumerate(paths)})
         draw_panels(rows, subject.folder / "copies.png", "a group of near-duplicates in each row")
         say(f"-> {subject.folder / 'copies.png'}")
-    figures = {"images": len(index.names), "groups": len(groups), "copies": copies}
+    figures = {"images": len(found.names), "groups": len(groups), "copies": grouped}
     return {"threshold": threshold, **figures}
 
 
 def usual_threshold(subject, how, index):
     """Choose the cosine that nine in ten copies of these images reach, made here by JPEG.
 
-    How near two images are depends on the network. If many pairs of different images are as near,
-    that is said: such a network does not tell copies.
+    How near two images are depends on the network. If more than 1 % of pairs of different images
+    are as near, it is said that the network does not tell copies.
     """
     sample = Random(0).sample(range(len(index.names)), min(SAMPLE, len(index.names)))
     originals = Files([Path(subject.data) / index.names[i] for i in sample])
-    copies, how = Copies(originals, jpeg), replace(how, cache=None)
-    copies, read = extract(subject.backbone, copies, list(range(len(sample))), how)
-    originals = index.features[[sample[n] for n in read]]
-    cosines = F.normalize(copies, dim=-1).cpu() @ originals.T
+    how = replace(how, cache=None)
+    features, read = extract(
+        subject.backbone, Copies(originals, jpeg), list(range(len(sample))), how
+    )
+    cosines = F.normalize(features, dim=-1).cpu() @ index.features[[sample[n] for n in read]].T
     threshold = cosines.diagonal().quantile(0.1).item()
     others = cosines[~torch.eye(len(read), dtype=torch.bool)]
     share = (others >= threshold).float().mean().item() if len(others) else 0
     say(
         f"nine in ten copies by JPEG at quality 10 have a cosine of {threshold:.3f} or more; "
-        f"so have {100 * share:.2g} % of pairs of different images"
+        f"so have {100 * share:.3g} % of pairs of different images"
     )
+    if share > 0.01:
+        say("note: this network does not tell copies of these images from others")
     return threshold
 
 
@@ -160,33 +184,35 @@ def near_duplicates(features, threshold):
 
     Returns lists of indices, the largest group first. Pairs are looked at in blocks.
     """
-    n = len(features)
-    root = torch.arange(n)  # of each one's group: the group's lowest index, once all is linked
-    height = 1024
-    width = max(1, PAIRS // height)
+    n, (height, width) = len(features), BLOCK
+    group = torch.arange(n)  # of each image; in the end the lowest index in its group
+    start = time.monotonic()
     for top in range(0, n, height):
         rows = features[top : top + height]
         for left in range(top, n, width):
             similarity = rows @ features[left : left + width].T
-            near = (similarity > threshold - 1e-6).nonzero()  # of copies it may be 1 - 1e-7
-            first, second = near[:, 0] + top, near[:, 1] + left
-            root = link(root, first, second)
-    order = root.argsort(stable=True)
-    _, counts = root[order].unique_consecutive(return_counts=True)
-    groups = [group.tolist() for group in order.split(counts.tolist()) if len(group) > 1]
+            near = (similarity > threshold - 1e-6).nonzero()  # a copy's cosine may be 1 - 1e-7
+            group = link(group, near[:, 0] + top, near[:, 1] + left)
+        progress("images", min(top + height, n), n, start)
+    order = group.argsort(stable=True)
+    _, counts = group[order].unique_consecutive(return_counts=True)
+    groups = [part.tolist() for part in order.split(counts.tolist()) if len(part) > 1]
     return sorted(groups, key=len, reverse=True)
 
 
-def link(root, first, second):
-    """Put the groups of first [m] and second [m] together, pair by pair: the new root [n]."""
+def link(group, first, second):
+    """Put the groups of first [m] and second [m] together, pair by pair: the new groups [n].
+
+    This is union-find by the lowest label, for all pairs at once.
+    """
     while True:
-        a, b = root[first], root[second]
+        a, b = group[first], group[second]
         if torch.equal(a, b):
-            return root
+            return group
         lower = torch.minimum(a, b)
-        root = root.scatter_reduce(0, a, lower, "amin").scatter_reduce(0, b, lower, "amin")
-        while not torch.equal(root[root], root):
-            root = root[root]
+        group = group.scatter_reduce(0, a, lower, "amin").scatter_reduce(0, b, lower, "amin")
+        while not torch.equal(group[group], group):
+            group = group[group]
 
 
 # ---- features for other tools ----
@@ -194,19 +220,22 @@ def link(root, first, second):
 
 def write_features(args, subject):
     """Write the folder's features and names, and what made them, by the suffix asked for."""
-    how, index = open_index(args, subject)
+    how, found = open_index(args, subject)
     path = args.file or subject.folder / "features.pth"
+    kind = "class token" if isinstance(subject.backbone, ViT) else "pooled features"
     made = {"checkpoint": args.checkpoint, "network": args.network}
-    made |= {"size": trained_at(subject.backbone), "kind": "class token of the central crop"}
+    made |= {"size": how.size_for(subject.backbone), "kind": f"{kind} of the central crop"}
     if first_process() and path.suffix == ".npy":
-        write_whole(path, lambda file: np.save(file, index.features.numpy()))
-        lines = "".join(f"{name}\n" for name in index.names)
-        write_whole(path.with_suffix(".txt"), lambda file: file.write(lines.encode()))
+        # a line for each row, whatever a name holds
+        lines = "".join(name.replace("\n", "\\n") + "\n" for name in found.names)
+        lines = lines.encode("utf-8", "surrogateescape")
+        write_whole(path.with_suffix(".txt"), lambda file: file.write(lines))
         write_whole(path.with_suffix(".json"), lambda file: file.write(json.dumps(made).encode()))
+        write_whole(path, lambda file: np.save(file, found.features.numpy()))
     elif first_process():
-        saved = {"names": index.names, "features": index.features, **made}
+        saved = {"names": found.names, "features": found.features, **made}
         write_whole(path, lambda file: torch.save(saved, file))
-    n, width = index.features.shape
+    n, width = found.features.shape
     say(f"{subject.data}: {n} features of {width} numbers, normalised -> {path}")
     return {"images": n, "width": width, "file": str(path)}
 
@@ -237,7 +266,7 @@ def parse_args(argv=None):
 
     add = add_protocol(commands, "features", "the features of a folder, for other tools")
     add("--file", type=Path, help="where they go, .pth, or .npy with the names in .txt "
-        "(default: features.pth in the output folder)")  # fmt: skip
+        "and what made them in .json (default: features.pth in the output folder)")  # fmt: skip
 
     for name, text in (("oxford", "revisited Oxford (Table 3)"), ("paris", "revisited Paris")):
         add = add_protocol(commands, name, text)
@@ -265,12 +294,20 @@ PROTOCOLS = {
 
 
 def main(args):
-    check_positive(args, "batch", *(flag for flag in ("top", "size") if hasattr(args, flag)))
+    for flag in ("batch", "top", "size"):
+        if hasattr(args, flag):
+            check_positive(args, flag)
     check_workers(args)
     if args.protocol == "copies" and args.threshold and not -1 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold} must lie in [-1, 1]: it is a cosine")
-    if args.protocol == "features" and args.file and args.file.suffix not in (".pth", ".npy"):
-        raise ValueError(f"--file {args.file}: its name must end in .pth or .npy")
+    if args.protocol == "features" and args.file:
+        if args.file.suffix not in (".pth", ".npy"):
+            raise ValueError(f"--file {args.file}: its name must end in .pth or .npy")
+        if not args.file.absolute().parent.is_dir():
+            raise ValueError(f"--file {args.file}: there is no such folder")
+    for query in getattr(args, "query", ()):
+        if not query.exists():
+            raise ValueError(f"cannot read {str(query)!r}: there is no such file or folder")
     run_protocol(args, PROTOCOLS[args.protocol])
 
 

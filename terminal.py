@@ -148,7 +148,8 @@ def less_memory(args):
     """Say which of the command's own flags lowers what it takes."""
     if hasattr(args, "accumulate"):
         return "lower --batch (and raise --accumulate as much, for the same global batch)"
-    return "lower --batch" if hasattr(args, "batch") else "lower --size"
+    flags = [f"--{flag}" for flag in ("batch", "size") if hasattr(args, flag)]
+    return f"lower {' or '.join(flags)}"
 
 
 def json_line(values):

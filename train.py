@@ -74,6 +74,7 @@ def train_step(state, forward, loader, schedule, args, precision):
     Returns [loss, two entropies], as in loss.entropies(), and the norm of the clipped gradient.
     """
     student, teacher, center, optimizer, scaler = state
+    c = None if args.centering == "sinkhorn" else center
     figures, batch_mean = 0.0, 0.0
 
     for micro in range(args.accumulate):
@@ -86,12 +87,12 @@ def train_step(state, forward, loader, schedule, args, precision):
                 s = forward(*views)
 
             # The loss (Eq. 3) and its gradient.
-            loss = dino_loss(s, t, center, args.student_temp, schedule.teacher_temp)
+            loss = dino_loss(s, t, c, args.student_temp, schedule.teacher_temp)
             del s  # backward does not need it, and for a large K it is large
             scaler.scale(loss / args.accumulate).backward()
 
         batch_mean += batch_center(t) / args.accumulate
-        watched = [loss.detach(), *entropies(t, center, schedule.teacher_temp)]
+        watched = [loss.detach(), *entropies(t, c, schedule.teacher_temp)]
         figures += torch.stack(watched) / args.accumulate
 
     # Update the student; in the first epoch its last layer stays as it is.
@@ -106,7 +107,7 @@ def train_step(state, forward, loader, schedule, args, precision):
 
     # Update the teacher, then the centre (Eq. 4).
     update_teacher(teacher, student, schedule.momentum)
-    if not args.no_centering:
+    if args.centering == "mean":
         update_center(center, batch_mean, args.center_momentum)
     return figures, grad_norm
 
@@ -157,8 +158,9 @@ def train(args, device, rank, world):
     forward = parallel(forward, device, world)
 
     crop = MultiCrop(
-        args.global_size, args.local_size, args.local_crops, args.global_scale, args.local_scale
-    )
+        args.global_size, args.local_size, args.local_crops, args.global_scale, args.local_scale,
+        args.blur_sigma,
+    )  # fmt: skip
     batches = order.batches(run.first, run.last)
     loader = load_views(Samples(images, crop, args.seed), batches, args.workers, device, run.bad)
     before_training(run)

@@ -182,10 +182,17 @@ OTHERS = [
     ("evaluate.py linear bare.pth --data nothing", "no images below"),
     ("evaluate.py linear bare.pth --data few", "'few' has no labels"),
     ("evaluate.py linear bare.pth --data differ/val",
-     "no held-out split to test a linear classifier on"),
+     "no held-out split to test a classifier on"),
     ("evaluate.py linear bare.pth --data good --lr 0.1 nan", "--lr [0.1, nan] must be positive"),
     ("evaluate.py linear bare.pth --data good --epochs 0", "--epochs 0 must be positive"),
     ("evaluate.py linear bare.pth --data good --last 0", "--last 0 must be positive"),
+    ("evaluate.py logistic bare.pth --data differ/val", "no held-out split to test a classifier"),
+    ("evaluate.py logistic bare.pth --data few", "'few' has no labels"),
+    ("evaluate.py logistic bare.pth --data good --fraction 0", "--fraction [0.0] must be positive"),
+    ("evaluate.py logistic bare.pth --data good --fraction 1.5", "must not be above 1"),
+    ("evaluate.py logistic bare.pth --data good --fraction 0.01", "is no image of any class"),
+    ("evaluate.py predict bare.pth bare.pth image.png", "'bare.pth' is no linear.pth"),
+    ("evaluate.py predict bare.pth nowhere.pth image.png", "no checkpoint at 'nowhere.pth'"),
     ("segment.py masks bare.pth --data good", "none of 8 images says where its objects are"),
     ("segment.py masks bare.pth --data good --size 0", "--size 0 must be positive"),
     ("segment.py masks bare.pth --data good --mass 1.5", "--mass 1.5 must not be above 1"),
@@ -268,7 +275,8 @@ def check(place, monkeypatch, line, message):
     on_the_way = "cannot read", "epoch ", "features "  # a bad image, named once; progress
     errors = [text for text in lines if not text.startswith(on_the_way)]
     assert status in (1, 2) and len(errors) == 1, (status, lines)
-    assert errors[0].startswith(f"{line[0]}: ") and message in errors[0]
+    assert errors[0].startswith((f"{line[0]}: ", f"{line[0]} {line[1]}: "))
+    assert message in errors[0]
     if any(text in message for text in MET_ON_THE_WAY):
         assert not list((place / "out").glob("*.pth"))
         shutil.rmtree(place / "out")

@@ -19,9 +19,17 @@ import retrieve
 import segment
 from augment import normalize
 from backbone import architecture, build_backbone, resnet50
-from data import Order
-from evaluate import choose_labelled, fit_heads, knn, knn_of, open_splits, score
-from features import Crops, Extraction, center_crop, extract, fit_to_patches, represent
+from data import Order, load_labelled
+from evaluate import fit_heads, knn, knn_of, score
+from features import (
+    Crops,
+    Extraction,
+    center_crop,
+    choose_labelled,
+    extract,
+    fit_to_patches,
+    represent,
+)
 from shapes import Shapes
 from train import Network
 from vit import ViT
@@ -261,7 +269,7 @@ def test_scores_by_hand():
 
 def test_classes_are_matched_by_name_and_unseen_ones_noted(folder, capsys):
     (folder / "val" / "größe").rename(folder / "val" / "a new one")
-    train_images, val = open_splits(str(folder))
+    train_images, val = load_labelled(str(folder))
     assert train_images.classes == ["cats and dogs", "größe"]
     assert "note: the training split lacks 'a new one'" in capsys.readouterr().out
     folders = [name.split("/")[-2] for name in map(val.name, range(12))]

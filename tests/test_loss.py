@@ -1,11 +1,14 @@
 """The loss against a double loop written from Eq. 1-4."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from loss import batch_center, dino_loss, entropies, update_center
+from loss import batch_center, dino_loss, entropies, sinkhorn, update_center
 
 
 def double_loop(student, teacher, center, student_temp, teacher_temp):
@@ -98,3 +101,59 @@ def test_entropies_tell_both_collapses():
         (apart, (0, math.log(4))),
     ):
         assert entropies(logits, torch.zeros(k), 0.04).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def plain_sinkhorn(logits):
+    """Three rounds on the matrix itself, in float64: [n, k], rows that sum to 1."""
+    q = torch.exp(logits.double() - logits.max())
+    n, k = q.shape
+    for _ in range(3):
+        for j in range(k):
+            q[:, j] /= q[:, j].sum() * k
+        for i in range(n):
+            q[i] /= q[i].sum() * n
+    return q * n
+
+
+def test_sinkhorn_is_the_plain_rewriting():
+    logits = torch.randn(2, 12, 7)
+    got = sinkhorn(logits / 0.1)
+    wanted = plain_sinkhorn((logits / 0.1).flatten(0, 1))
+    torch.testing.assert_close(got.flatten(0, 1).double(), wanted, rtol=1e-4, atol=1e-6)
+    balanced = sinkhorn(logits, rounds=100)
+    torch.testing.assert_close(balanced.sum(-1), torch.ones(2, 12), rtol=1e-4, atol=0)
+    torch.testing.assert_close(balanced.sum((0, 1)), torch.full((7,), 24 / 7), rtol=1e-4, atol=0)
+    assert sinkhorn(1000 * logits).isfinite().all()
+
+
+def test_sinkhorn_in_the_centres_place():
+    student, teacher = torch.randn(4, 3, 9), torch.randn(2, 3, 9)
+    p_t = plain_sinkhorn((teacher / 0.04).flatten(0, 1)).view(2, 3, 9)
+    log_p_s = (student.double() / 0.1).log_softmax(-1)
+    pairs = [-(p_t[i] * log_p_s[j]).sum(-1).mean() for i in (0, 1) for j in range(4) if i != j]
+    loss = dino_loss(student, teacher, None, 0.1, 0.04)
+    torch.testing.assert_close(loss.double(), sum(pairs) / len(pairs), rtol=1e-4, atol=1e-6)
+
+
+PROCESSES = """
+import os, torch, torch.distributed as dist
+from loss import sinkhorn
+dist.init_process_group("gloo")
+whole = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0)) / 0.1
+share = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+part = sinkhorn(whole[:, share])
+dist.destroy_process_group()
+torch.testing.assert_close(part, sinkhorn(whole)[:, share], rtol=1e-4, atol=1e-6)
+alone = sinkhorn(whole[:, share])
+assert (part - alone).abs().max() > 1e-3
+"""
+
+
+def test_two_processes_balance_their_batches_together(tmp_path):
+    (tmp_path / "two.py").write_text(PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*launch, str(tmp_path / "two.py")], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr

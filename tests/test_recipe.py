@@ -108,10 +108,10 @@ def test_sharpening_can_be_left_out():
 
 
 def test_the_summary_is_a_few_short_lines_and_names_all_that_is_not_off():
-    args = train.parse_args("--arch vit_small --local_crops 0 --no_centering".split())
+    args = train.parse_args("--arch vit_small --local_crops 0 --centering none".split())
     lines = summary(args).splitlines()
     assert len(lines) < 10 and max(map(len, lines)) <= 150
-    for text in ("arch vit_small", "local_crops 0", "global_scale 0.4 1.0", "no_centering"):
+    for text in ("arch vit_small", "local_crops 0", "global_scale 0.4 1.0", "centering none"):
         assert text in summary(args)
     assert "no_sharpening" not in summary(args)
     assert "norm_last_layer False" in summary(train.parse_args(["--no-norm_last_layer"]))

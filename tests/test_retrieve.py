@@ -16,7 +16,16 @@ from augment import normalize
 from backbone import build_backbone
 from copydays import Copies, blur, crop, grey, jpeg, open_copydays, whitening
 from data import Folder
-from features import Extraction, center_crop, gem, represent, shrink, square
+from features import (
+    Extraction,
+    center_crop,
+    extract,
+    gem,
+    made_by,
+    represent,
+    shrink,
+    square,
+)
 from index import index_folder
 from retrieve import near_duplicates
 from shapes import Shapes
@@ -114,7 +123,7 @@ def test_features_in_both_formats(album, capsys):
 
 
 def test_near_duplicates_are_the_connected_pairs(monkeypatch):
-    monkeypatch.setattr(retrieve, "PAIRS", 1024 * 700)
+    monkeypatch.setattr(retrieve, "BLOCK", (1024, 700))
     x = F.normalize(torch.randn(2500, 8), dim=-1)
     x[[3, 2400, 1200]] = x[7] + 0.001 * torch.randn(3, 8)
     x[1500] = x[20]
@@ -180,6 +189,7 @@ def test_only_new_and_changed_files_are_computed_again(album, monkeypatch):
 
 def test_what_is_done_when_it_is_stopped_is_kept(album, monkeypatch):
     monkeypatch.setattr(index, "CHUNK", 4)
+    monkeypatch.setattr(index, "KEEP_EVERY", 0)
     backbone, how = build_backbone("vit_micro", 8, 32).eval(), Extraction(CPU, cache=album)
     computed, real = [], index.compute
 
@@ -198,11 +208,51 @@ def test_what_is_done_when_it_is_stopped_is_kept(album, monkeypatch):
     assert sum(map(len, again)) == 6 and not list(album.glob("*.tmp"))
 
 
+def test_a_cache_of_nothing_is_nothing(album):
+    """No image can be read; later one can."""
+    backbone, how = build_backbone("vit_micro", 8, 32).eval(), Extraction(CPU, cache=album)
+    (album / "new").mkdir()
+    (album / "new" / "a.png").write_bytes(b"no image")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="1 of 1 images cannot be read"):
+            index_folder(backbone, album / "new", how)
+    Image.new("RGB", (9, 9)).save(album / "new" / "a.png")
+    assert index_folder(backbone, album / "new", how).names == ["a.png"]
+
+
+def test_an_image_that_is_mended_is_seen(album):
+    """Features of images of which one could not be read are not kept under their names."""
+    backbone, how = build_backbone("vit_micro", 8, 32).eval(), Extraction(CPU, cache=album)
+    images = Folder(album / "album")
+    assert len(extract(backbone, images, list(range(10)), how)[1]) == 9
+    Image.new("RGB", (9, 9)).save(album / "album" / "torn.png")
+    for _ in range(2):
+        assert len(extract(backbone, images, list(range(10)), how)[1]) == 10
+    other = build_backbone("vit_micro", 8, 32).eval()
+    other.load_state_dict(backbone.state_dict())
+    other.heads = 3  # the same weights, another network
+    assert made_by(other, how) != made_by(backbone, how)
+
+
+def test_our_own_pictures_are_no_images_of_the_folder(album, capsys):
+    flags = "search {0}/bare.pth {0}/album/0.png --data {0}/album --output {0}/album --top 20"
+    for _ in range(2):
+        retrieve.main(retrieve.parse_args(flags.format(album).split()))
+    found = capsys.readouterr().out.split("bare.pth: ")[-1].splitlines()
+    assert (album / "album" / "search.png").exists()
+    assert not any("search.png" in line for line in found[:-1])
+
+
 # ---- bad input ----
 
 
 @pytest.mark.parametrize("flags, message", [
     ("search nowhere.png", "cannot read 'nowhere.png'"),
+    ("search torn", "none of the queries can be read"),
+    ("features --file nowhere/a.npy", "there is no such folder"),
+    ("copydays --size 9 --data shapes", "--size 9 must be divisible by the patch, 8"),
+    ("copydays --data twice", "begin with the same four characters"),
+    ("copydays --data copies --whitening one", "needs images whose features differ"),
     ("search album/torn.png", "cannot read 'album/torn.png'"),
     ("search empty", "no images below 'empty'"),
     ("search album/0.png --top 0", "--top 0 must be positive"),
@@ -219,10 +269,13 @@ def test_what_is_done_when_it_is_stopped_is_kept(album, monkeypatch):
 ])  # fmt: skip
 def test_bad_input_is_one_line(album, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(album)
-    for name in ("empty", "torn", "copies/original", "copies/strong", "only/original"):
+    for name in "empty torn one copies/original copies/strong only/original twice/original".split():
         (album / name).mkdir(parents=True)
     (album / "torn" / "a.png").write_bytes(b"no image")
-    for name in ("copies/original/0001", "copies/strong/0009", "only/original/0001"):
+    copies = "copies/original/0001 copies/strong/0009 " if "--whitening" not in flags else ""
+    whole = "copies/original/0001 copies/strong/0001x " if "--whitening" in flags else ""
+    others = "only/original/0001 twice/original/0001 twice/original/0001b one/a"
+    for name in (copies + whole + others).split():
         Image.new("RGB", (9, 9)).save(album / f"{name}.png")
     protocol, *others = flags.split()
     given = [protocol, "bare.pth", "--data", "album", "--workers", "0", "--device", "cpu", *others]
@@ -282,6 +335,8 @@ def test_fits_and_scales():
     half = F.interpolate(one, scale_factor=0.5, mode="bilinear")
     wanted = (backbone(one[:, :, :24, :48]) + backbone(half[:, :, :8, :24])) / 2
     assert torch.allclose(represent(backbone, image[None], how), wanted, atol=1e-6)
+    strip = torch.randint(256, (1, 3, 1, 50), dtype=torch.uint8)  # below a patch
+    assert represent(backbone, strip, how).isfinite().all()
 
 
 def test_copies_made_here_are_copies():

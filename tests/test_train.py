@@ -93,7 +93,7 @@ def test_update_teacher_by_hand():
 
 
 def test_centering_can_be_left_out(tmp_path):
-    for flags, moves in (("", True), ("--no_centering", False)):
+    for flags, moves in (("", True), ("--centering none", False)):
         end = run(f"--steps 1 --knn_every 0 {flags}", tmp_path / str(moves))
         assert end["center"].any() == moves
 

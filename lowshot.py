@@ -1,0 +1,113 @@
+"""Low-shot classification: logistic regression on frozen features, with few of the labels.
+
+    python evaluate.py logistic CKPT --fraction 0.01 0.1
+
+That share of each class's training images is drawn. On their features the logistic regression with
+an L2 penalty is solved to its optimum, with LBFGS and all images at once, so that no learning rate
+and no number of epochs are to be chosen. Several draws give a mean and a spread of the accuracy on
+the held-out images. Axes: n images, d features, c classes.
+"""
+
+from collections import defaultdict
+from dataclasses import replace
+from random import Random
+
+import torch
+import torch.nn.functional as F
+
+from data import load_labelled
+from distributed import in_turn
+from features import describe_tokens, labelled_features, probe_tokens
+from protocol import extraction
+from terminal import say
+
+TOLERANCE = 1e-5  # of the gradient's norm at the optimum, as a share of that at the start
+
+
+def draw(labels, fraction, seed):
+    """Return the indices of a share of each class's images, drawn at random, sorted."""
+    of_class = defaultdict(list)
+    for i, label in enumerate(labels):
+        of_class[label].append(i)
+    rng, drawn = Random(f"{seed} {fraction}"), []
+    for _, indices in sorted(of_class.items()):
+        drawn += rng.sample(indices, round(fraction * len(indices)))
+    return sorted(drawn)
+
+
+def logistic_regression(x, labels, classes, penalty):
+    """Minimise the mean cross-entropy plus penalty / 2 times the squared norm of the weights.
+
+    x [n, d], labels [n] -> weights [c, d + 1], float64; the last column, the biases, is not
+    penalised. RuntimeError: no optimum is found, which a convex problem does not lead to.
+    """
+    x = F.pad(x.double(), (0, 1), value=1.0)
+    w = torch.zeros(classes, x.shape[1], dtype=torch.double, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [w], max_iter=100, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def objective():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ w.T, labels) + penalty / 2 * w[:, :-1].square().sum()
+        loss.backward()
+        return loss
+
+    objective()
+    start = w.grad.norm()
+    for _ in range(20):
+        optimizer.step(objective)
+        objective()
+        if w.grad.norm() <= TOLERANCE * start:
+            return w.detach()
+    raise RuntimeError(f"LBFGS ended with a gradient of {w.grad.norm() / start:.1e} of the start's")
+
+
+def accuracy(weights, x, labels):
+    """Return the share in per cent of features [n, d] whose likeliest class is their label."""
+    logits = F.pad(x.double(), (0, 1), value=1.0) @ weights.T
+    return 100 * (logits.argmax(1) == labels).double().mean().item()
+
+
+def low_shot(backbone, train, val, how, args):
+    """Return the accuracy of each draw, {fraction: [per cent, ...]}, and the images drawn."""
+    x, labels = labelled_features(backbone, train, how)
+    held_out, truth = labelled_features(backbone, val, how)
+    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)  # no label is needed for these
+    x, held_out = (x - mean) / std, (held_out - mean) / std
+    results, images = {}, {}
+    for fraction in args.fraction:
+        results[fraction] = []
+        for seed in range(args.draws):
+            drawn = draw(labels.tolist(), fraction, seed)
+            if not drawn:
+                raise ValueError(f"--fraction {fraction} of the labels is no image of any class")
+            penalty = args.penalty / len(drawn)
+            weights = logistic_regression(x[drawn], labels[drawn], len(train.classes), penalty)
+            results[fraction].append(accuracy(weights, held_out, truth))
+        images[fraction] = drawn
+    return results, images
+
+
+def evaluate_logistic(args, subject):
+    """Print the table of fractions, and return its figures."""
+    train, val = in_turn(lambda: load_labelled(subject.data, held_out=True))
+    kind = probe_tokens(subject.backbone, args)
+    how = replace(extraction(args, subject), **kind)
+    columns = {}
+    for name, network in subject.networks(args.untrained is not False).items():
+        columns[name], drawn = low_shot(network, train, val, how, args)
+    say(
+        f"{subject.data}: {len(val)} images to test on, {len(train.classes)} classes; "
+        f"{describe_tokens(subject.backbone, **kind)}; mean and standard deviation of "
+        f"{args.draws} draws, top-1 %"
+    )
+    say("labels  images" + "".join(f"  {name:>12}" for name in columns))
+    for fraction in args.fraction:
+        missing = len(train.classes) - len({train.labels[i] for i in drawn[fraction]})
+        row = f"{100 * fraction:4g} %  {len(drawn[fraction]):6}"
+        for column in columns.values():
+            values = torch.tensor(column[fraction], dtype=torch.double)
+            row += f"  {values.mean():5.1f} +- {values.std(correction=0):3.1f}"
+        say(row + (f"  ({missing} classes have none)" if missing else ""))
+    return {"draws": args.draws, "penalty": args.penalty, **kind, **columns}

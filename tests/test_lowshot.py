@@ -1,0 +1,115 @@
+"""Logistic regression with few labels, and what a saved classifier predicts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from backbone import build_backbone
+from lowshot import TOLERANCE, accuracy, draw, logistic_regression
+from shapes import LENGTHS
+
+
+def plain_gradient(w, x, labels, penalty):
+    """The gradient of mean cross-entropy plus the penalty, image by image."""
+    w, x = w.numpy(), np.pad(x.numpy(), ((0, 0), (0, 1)), constant_values=1)
+    gradient = np.zeros_like(w)
+    for image, label in zip(x, labels.tolist()):
+        p = np.exp(w @ image - (w @ image).max())
+        p /= p.sum()
+        p[label] -= 1
+        gradient += np.outer(p, image) / len(x)
+    gradient[:, :-1] += penalty * w[:, :-1]
+    return np.linalg.norm(gradient)
+
+
+def test_the_optimum_has_no_gradient():
+    x, labels = torch.randn(60, 8).double(), torch.randint(4, (60,))
+    for penalty in (1.0, 1 / 60, 1e-4):
+        w = logistic_regression(x, labels, 5, penalty)
+        start = plain_gradient(torch.zeros(5, 9).double(), x, labels, penalty)
+        assert w.shape == (5, 9) and plain_gradient(w, x, labels, penalty) < 2 * TOLERANCE * start
+
+
+def test_separable_features_are_told_and_shuffled_labels_are_chance():
+    centers = 10 * torch.eye(5)
+    labels, truth = torch.arange(5).repeat(40), torch.arange(5).repeat(200)
+    x, held_out = centers[labels] + torch.randn(200, 5), centers[truth] + torch.randn(1000, 5)
+    weights = logistic_regression(x, labels, 5, 1 / 200)
+    assert accuracy(weights, held_out, truth) == 100
+    shuffled = logistic_regression(torch.randn(200, 5), labels, 5, 1 / 200)
+    assert 10 < accuracy(shuffled, torch.randn(1000, 5), truth) < 30
+    one_each = logistic_regression(centers, torch.arange(5), 5, 1 / 5)
+    assert accuracy(one_each, held_out, truth) > 99
+
+
+def test_a_share_of_each_class_is_drawn():
+    labels = [0] * 40 + [1] * 20 + [2] * 4
+    drawn = draw(labels, 0.1, seed=0)
+    assert [sum(labels[i] == label for i in drawn) for label in range(3)] == [4, 2, 0]
+    assert drawn == draw(labels, 0.1, seed=0) != draw(labels, 0.1, seed=1)
+    assert draw(labels, 1.0, seed=0) == list(range(64))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    (tmp_path / "run").mkdir()
+    torch.save(build_backbone("vit_micro", 8, 16).state_dict(), tmp_path / "run" / "c.pth")
+    return tmp_path / "run" / "c.pth"
+
+
+def run(capsys, *flags):
+    flags = [str(flag) for flag in flags]
+    evaluate.main(evaluate.parse_args([*flags, "--device", "cpu"]))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_table_names_classes_without_an_image(folder, checkpoint, capsys):
+    """Six images of one class and two of the other: a quarter is two and none."""
+    for i in (2, 3, 4, 5):
+        next((folder / "train" / "größe").glob(f"{i}.*")).unlink()
+    flags = "--data", folder, "--fraction", 0.25, 1, "--draws", 3, "--workers", 0
+    table = run(capsys, "logistic", checkpoint, *flags)
+    assert "12 images to test on, 2 classes" in table[1] and "mean and standard dev" in table[1]
+    assert table[3].split()[:3] == ["25", "%", "2"] and table[3].endswith("(1 classes have none)")
+    assert table[4].split()[:3] == ["100", "%", "8"] and "+-" in table[4]
+    line = json.loads((checkpoint.parent / "evaluate.jsonl").read_text())
+    assert len(line["trained"]["0.25"]) == 3 and line["untrained"].keys() == {"0.25", "1.0"}
+
+
+def test_predict_says_what_the_linear_classifier_says(folder, checkpoint, capsys, monkeypatch):
+    flags = "--data", folder, "--cached", "--epochs", 30, "--workers", 0
+    run(capsys, "linear", checkpoint, *flags)
+    head = torch.load(checkpoint.parent / "linear.pth")
+    image = folder / "val" / "größe" / "0.png"
+    lines = run(capsys, "predict", checkpoint, checkpoint.parent / "linear.pth", image, folder)
+    assert len(lines) == 2 + 24 and lines[1].startswith(f"{image}: ")
+    said = dict(part.split(" % ")[::-1] for part in lines[1].split(": ")[1].split(", "))
+
+    with Image.open(image) as opened:
+        pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
+    backbone = build_backbone("vit_micro", 8, 16).eval()
+    backbone.load_state_dict(torch.load(checkpoint))
+    view = evaluate.center_crop(pixels, 16)[None].float() / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    tokens = backbone.tokens((view - mean[:, None, None]) / std[:, None, None])[0, 0]
+    feature = torch.cat([tokens[0], tokens[1:].mean(0)])
+    wanted = (head["weight"] @ feature + head["bias"]).softmax(0)
+    for name, share in zip(head["classes"], wanted.tolist()):
+        assert float(said[name]) == pytest.approx(100 * share, abs=0.06)
+
+    head["weight"] = head["weight"][:, :-1]
+    torch.save(head, checkpoint.parent / "other.pth")
+    with pytest.raises(ValueError, match="it is another network's"):
+        run(capsys, "predict", checkpoint, checkpoint.parent / "other.pth", image)
+
+
+def test_on_shapes(checkpoint, capsys, monkeypatch):
+    monkeypatch.setitem(LENGTHS, "train", 200)
+    monkeypatch.setitem(LENGTHS, "val", 50)
+    flags = "--data", "shapes", "--fraction", 0.1, "--no-untrained", "--workers", 0
+    table = run(capsys, "logistic", checkpoint, *flags)
+    assert table[-1].split()[:3] == ["10", "%", "20"] and "untrained" not in table[2]
