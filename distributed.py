@@ -123,6 +123,8 @@ def processes(name):
         )
     try:
         yield device, rank, world
+        if world > 1:  # torch 2.6 hangs if one parts while another still works
+            dist.barrier(patient_group())
     finally:
         let_go()
         if dist.is_initialized():

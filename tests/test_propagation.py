@@ -116,7 +116,7 @@ def test_a_mask_follows_what_moves():
     first[8:16, 16:28] = 1
     *_, last = carry_mask(backbone, frames, first, 24)
     moved = first.roll(-12, 1)
-    assert (last == moved).float().mean() > 0.95 > (first == moved).float().mean()
+    assert (last == moved).float().mean() > 0.9 > 0.8 > (first == moved).float().mean()
 
 
 def test_a_label_that_fills_the_frame_stays():
