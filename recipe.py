@@ -50,6 +50,20 @@ RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
     "clip": (3.0, 3.0, "largest norm of the gradient, 0 for any"),
     "freeze_last_layer": (1, 0, "epochs during which the head's last layer stays as it is"),
 }
+PHOTOS = {  # where the recipe for photographs on a small machine, vit_mini's, differs from that
+    "patch": 8,
+    "global_size": 48,
+    "local_size": 24,
+    "blur_sigma": 0.4,  # 2 pixels of 224
+    "out_dim": 1024,
+    "hidden_dim": 512,
+    "bottleneck_dim": 128,
+    "epochs": None,  # as many as epochs_for() says
+    "batch": 64,
+    "lr": 4e-3,
+}
+PHOTOS_SEEN = 640_000  # by that recipe in all, so that it takes an hour on two cores
+MOST_EPOCHS = 250  # of fewer images
 RESNET = {  # where the paper's recipe for ResNet-50 differs
     "optimizer": "sgd",
     "lr": 0.03,
@@ -71,6 +85,7 @@ BOUNDS = (  # flags, the least and the most that make sense
     ("blur_sigma", 1e-3, 1e3),
     ("out_dim", 2, 1e9),
 )
+SMALL = ("vit_micro", "vit_mini")  # whose recipes are for a laptop's CPU
 GROUPS = {  # how summary() arranges the configuration
     "network": "arch patch drop_path init",
     "crops": "global_size global_scale local_size local_scale local_crops blur_sigma",
@@ -138,18 +153,20 @@ def schedules(step, args, steps_per_epoch, global_batch):
 def parse_args(description, argv=None):
     """Resolve train.py's command line: what it leaves open comes from the architecture's recipe."""
     which = argparse.ArgumentParser(add_help=False)
-    which.add_argument("--arch", default="vit_micro")
-    arch = which.parse_known_args(argv)[0].arch
+    which.add_argument("--arch")
+    which.add_argument("--data", default="shapes")
+    known = which.parse_known_args(argv)[0]
+    arch = known.arch or ("vit_micro" if known.data == "shapes" else "vit_mini")
 
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
     add_hyper_parameters(parser, arch)
-    add_run_flags(parser)
+    add_run_flags(parser, arch)
     args = parser.parse_args(argv)
 
     args.global_scale, args.local_scale = list(args.global_scale), list(args.local_scale)
     if args.knn_bank is None:
-        args.knn_bank = 2_000 if arch == "vit_micro" else 10_000
+        args.knn_bank = 2_000 if arch in SMALL else 10_000
     if args.workers is None:
         args.workers = default_workers(args.device)
     if args.output is None:
@@ -162,6 +179,8 @@ def add_hyper_parameters(parser, arch):
     for name, (paper, laptop, text) in RECIPE.items():
         if arch == "vit_micro":
             default = laptop
+        elif arch == "vit_mini":
+            default = PHOTOS.get(name, laptop)
         elif arch == "resnet50":
             default = RESNET.get(name, paper)
         else:
@@ -172,7 +191,8 @@ def add_hyper_parameters(parser, arch):
             kind = {"type": float, "nargs": 2, "metavar": ("MIN", "MAX")}
         else:
             kind = {"type": type(paper)}
-        text = f"{text} (paper {shown(paper)}, laptop {shown(laptop)})"
+        photos = PHOTOS.get(name, laptop)
+        text = f"{text} (paper {shown(paper)}, laptop {shown(laptop)}, photos {shown(photos)})"
         parser.add_argument(f"--{name}", default=default, help=text, **kind)
 
 
@@ -183,12 +203,13 @@ def shown(value):
     return str(value)
 
 
-def add_run_flags(parser):
+def add_run_flags(parser, arch):
     add = parser.add_argument
     add("--data", default="shapes", help="a folder of images, or shapes, cifar10, cifar100, stl10, "
         "imagenette, flowers102, pets")  # fmt: skip
-    add("--arch", default="vit_micro", choices=[*ARCHITECTURES, "resnet50"],
-        help="vit_micro takes the laptop's recipe, the others the paper's")  # fmt: skip
+    add("--arch", default=arch, choices=[*ARCHITECTURES, "resnet50"],
+        help="vit_micro takes the laptop's recipe (default for shapes), vit_mini that for "
+        "photographs there (default for other data), the others the paper's")  # fmt: skip
     add("--centering", choices=("mean", "sinkhorn", "none"), default="mean",
         help="Eq. 4; Sinkhorn-Knopp in its place (Table 7); none leaves C at 0, to see the "
         "collapse onto one dimension (Figure 7)")  # fmt: skip
@@ -259,11 +280,11 @@ def usable_cores():
 
 def default_output(args):
     """runs/NAME from what tells runs apart: architecture, data, batch of several processes."""
-    laptop = args.arch == "vit_micro"
+    laptop = args.arch in SMALL
     data = Path(args.data).absolute() if os.path.isdir(args.data) else Path(args.data)
     world = int(os.environ.get("WORLD_SIZE", 1))
     parts = ["laptop" if laptop else f"{args.arch}_{args.patch}"]
-    if not (laptop and args.data == "shapes"):
+    if args.arch != "vit_micro" or args.data != "shapes":
         parts.append(data.parent.name if data.name == "train" else data.name)
     if world > 1:
         parts.append(f"b{args.batch * args.accumulate * world}")
@@ -274,12 +295,23 @@ def default_output(args):
     return Path("runs", "-".join(parts))
 
 
+def epochs_for(args, images):
+    """Return how many epochs to train on so many images."""
+    if args.epochs:
+        return args.epochs
+    return max(1, min(MOST_EPOCHS, round(PHOTOS_SEEN / images)))
+
+
 def summary(args):
-    """The configuration as a few lines, one for each of GROUPS.
+    """The configuration as a few lines, the first of which says which recipe it is.
 
     What is not given (None) and an ablation that is off are left out.
     """
-    lines = []
+    why = {
+        "vit_micro": "the laptop's, for the built-in images (vit_micro)",
+        "vit_mini": "photographs on a small machine (vit_mini, the default of data but shapes)",
+    }
+    lines = [f"recipe     {why.get(args.arch, f'the paper, {args.arch}')}"]
     for group, names in GROUPS.items():
         given = []
         for name in names.split():
@@ -296,7 +328,7 @@ def check(args):
     for flags, least, most in BOUNDS:
         for flag in flags.split():
             value = getattr(args, flag)
-            if not least <= value <= most:
+            if value is not None and not least <= value <= most:
                 above = f" and at most {most:g}" if most < 1e9 else ""
                 raise ValueError(f"--{flag} {value} must be at least {least:g}{above}")
     for flag in ("global_scale", "local_scale"):
@@ -308,7 +340,7 @@ def check(args):
             )
     if args.optimizer not in ("adamw", "sgd"):
         raise ValueError(f"--optimizer {args.optimizer}: adamw or sgd")
-    if args.warmup_epochs > args.epochs:
+    if args.epochs and args.warmup_epochs > args.epochs:
         raise ValueError(
             f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}: "
             "the learning rate would never reach its peak"

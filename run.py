@@ -21,7 +21,7 @@ from distributed import agree, hold_folder
 from files import write_whole
 from terminal import RECEIVED, json_line, minutes, say, status
 
-FORMAT = 3  # of last.pth
+FORMAT = 4  # of last.pth
 FREE = set(  # the arguments that resuming may change; the rest is the configuration
     "steps compile recompute workers device output overwrite accept_data stop_on_collapse "
     "log_every save_every keep_every keep knn_every knn_bank".split()

@@ -19,6 +19,7 @@ step (the log, checkpoints, tests, pictures) is in report.py.
 
 import copy
 import math
+from argparse import Namespace
 from random import Random
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ from distributed import amp_dtype, autocast, in_turn, parallel, processes, synch
 from head import DINOHead
 from loss import batch_center, dino_loss, entropies, update_center
 from optimizer import build_optimizer, set_rates
-from recipe import check, schedules, summary
+from recipe import check, epochs_for, schedules, summary
 from report import after_step, before_training, finish
 from run import Run
 from terminal import listen, run_command, say
@@ -144,6 +145,7 @@ def build_networks(args, device, world):
 def train(args, device, rank, world):
     # Images, and in what order the processes see them.
     images, val = in_turn(lambda: load_both(args.data))
+    args = Namespace(**vars(args) | {"epochs": epochs_for(args, len(images))})
     order = Order(len(images), args.batch, args.accumulate, rank, world, args.seed)
 
     # Student, teacher, centre and optimiser; a run that was stopped goes on from its checkpoint.

@@ -17,6 +17,7 @@ from torch import nn
 
 ARCHITECTURES = {
     "vit_micro": dict(dim=96, depth=1, heads=2),  # ours, for a laptop's CPU: see docs/laptop.md
+    "vit_mini": dict(dim=128, depth=4, heads=4),  # ours, for photographs there
     "vit_tiny": dict(dim=192, depth=12, heads=3),
     "vit_small": dict(dim=384, depth=12, heads=6),
     "vit_base": dict(dim=768, depth=12, heads=12),

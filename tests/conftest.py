@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)  # for the commands that tests start
 
 TINY = (
-    "--patch 8 --global_size 16 --local_size 8 --local_crops 2 "
+    "--arch vit_micro --patch 8 --global_size 16 --local_size 8 --local_crops 2 "
     "--out_dim 64 --hidden_dim 32 --bottleneck_dim 16 --batch 4 --workers 0 "
     "--device cpu --knn_bank 20 --log_every 1"
 ).split()

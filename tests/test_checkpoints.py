@@ -90,7 +90,7 @@ def test_the_number_of_heads_is_saved_and_read_back(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "dim, heads, assumed", [(384, 6, 6), (384, 12, 6), (128, 4, 2), (24, 2, 1)]
+    "dim, heads, assumed", [(384, 6, 6), (384, 12, 6), (160, 4, 2), (24, 2, 1)]
 )
 def test_for_a_foreign_file_the_number_of_heads_is_an_assumption_and_said(
     tmp_path, dim, heads, assumed

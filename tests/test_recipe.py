@@ -8,9 +8,11 @@ import pytest
 import evaluate
 import train
 from recipe import (
+    PHOTOS,
     RECIPE,
     check,
     default_workers,
+    epochs_for,
     schedules,
     summary,
     teacher_temperature,
@@ -65,6 +67,22 @@ def test_the_laptops_recipe_is_the_default_and_flags_override_it():
     args = train.parse_args(flags.split())
     assert args.patch == 8 and args.lr == 0.1
     assert args.global_scale == [0.2, 1.0] and not args.norm_last_layer
+
+
+def test_photographs_have_a_recipe_of_their_own():
+    args = train.parse_args(["--data", "some/photos"])
+    assert args.arch == "vit_mini" and str(args.output) == "runs/laptop-photos"
+    for name, (_, laptop, _) in RECIPE.items():
+        wanted = PHOTOS.get(name, laptop)
+        assert getattr(args, name) == (list(wanted) if isinstance(wanted, tuple) else wanted)
+    assert "photographs on a small machine" in summary(args).splitlines()[0]
+    assert "the laptop's" in summary(train.parse_args([])).splitlines()[0]
+    assert train.parse_args("--data some/photos --arch vit_micro".split()).patch == 4
+    check(args)
+    # as many images in all, whatever their number, but no image too often
+    lengths = [epochs_for(args, images) for images in (50_000, 9_469, 800, 10**7)]
+    assert lengths == [13, 68, 250, 1]
+    assert epochs_for(train.parse_args("--data some/photos --epochs 7".split()), 800) == 7
 
 
 def test_schedules_by_hand():
