@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from backbone import untrained
+from backbone import trained_at, untrained
 from data import are_constant, describe_images, read_or_next
 from distributed import in_turn, mean_over_processes
 from evaluate import knn_of
@@ -16,6 +16,8 @@ from shapes import Shapes
 from terminal import minutes, say
 from visualize import draw_attention, draw_curves, draw_emergence
 from vit import ViT
+
+MASKS = 200  # images whose objects a finished run compares with attention
 
 
 def before_training(run):
@@ -81,6 +83,21 @@ def after_step(run, done, schedule, figures, grad_norm):
         sys.exit(128 + stop)
 
 
+def affordable(run, size, count):
+    """Whether so many images of a size take ten seconds, or a tenth of the run's time so far.
+
+    Four are looked at to know; on a GPU it is taken to be so.
+    """
+    device, backbone = run.state.center.device, run.state.teacher.backbone
+    if device.type != "cpu":
+        return True
+    start = time.monotonic()
+    with torch.inference_mode():
+        backbone(torch.zeros(4, 3, size, size))
+    expected = count / 4 * (time.monotonic() - start)
+    return expected <= max(10, (start - run.start) / 10)
+
+
 def test_knn(run, step):
     """Log the k-NN accuracy (k = 20) of teacher and student, on a part of the labelled images."""
     if run.images.labels and run.args.knn_every:
@@ -90,6 +107,12 @@ def test_knn(run, step):
 def compare_neighbours(run, step):
     how = Extraction(run.state.center.device, workers=run.args.workers)
     limits = run.args.knn_bank, 1000
+    networks = 2 if step else 1
+    seen = min(len(run.images), limits[0]) + min(len(run.val or ()), limits[1])
+    if not affordable(run, trained_at(run.state.teacher.backbone), networks * seen):
+        last = run.args.output / "last.pth"
+        say(f"no k-NN test now, for it would take too long: python evaluate.py knn {last}")
+        return
 
     def top1(name):
         backbone = getattr(run.state, name).backbone
@@ -157,11 +180,15 @@ def finish(run):
             f"  k-NN: teacher {tests[-1]['knn']:.1f} %, student {tests[-1]['knn_student']:.1f} %, "
             f"{starting_point(run)} {tests[0]['knn']:.1f} %"
         )
-    if is_vit and isinstance(run.images, Shapes):
+    on_shapes = is_vit and isinstance(run.images, Shapes)
+    masks = on_shapes and affordable(run, usual_size(backbone), 3 * MASKS)
+    if masks:
         say_jaccard(run)
     if run.bad:
         say(f"  {len(run.bad)} images could not be read")
     say("next:")
+    if on_shapes and not masks:
+        say(f"  python segment.py masks {output / 'last.pth'}")
     if run.images.labels:
         say(f"  python evaluate.py linear {output / 'last.pth'} --cached")
     if is_vit:
@@ -172,7 +199,7 @@ def say_jaccard(run):
     """Compare attention with the built-in images' objects (Figure 4)."""
     teacher, student = run.state.teacher.backbone, run.state.student.backbone.eval()
     networks = [teacher, student, untrained(teacher)]
-    images, device = Shapes("val", 200), run.state.center.device
+    images, device = Shapes("val", MASKS), run.state.center.device
     means, *_ = attention_masks(networks, images, device, usual_size(teacher))
     teacher, student, fresh = means[:, 0].tolist()
     say(

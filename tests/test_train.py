@@ -5,6 +5,8 @@ import math
 import os
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -16,6 +18,7 @@ from backbone import build_backbone
 from conftest import ROOT, TINY, without_keys
 from head import DINOHead
 from optimizer import parameter_groups
+from report import affordable
 from run import Run
 
 
@@ -214,3 +217,26 @@ def test_too_many_bad_images_stop_the_run(folder, tmp_path):
         path.write_bytes(b"no image")
     with pytest.raises(ValueError, match="of 12 images cannot be read, more than 1 %"):
         run(f"--data {folder / 'train'} --epochs 2", tmp_path / "out")
+
+
+def test_what_a_run_computes_by_itself_takes_ten_seconds_or_a_tenth_of_it(
+    tmp_path, capsys, monkeypatch
+):
+    """Here nothing is affordable: the commands that would compute it are named."""
+    monkeypatch.setattr("report.affordable", lambda run, size, count: count < 60)
+    train.main(arguments("--epochs 1 --steps 1 --knn_every 1", tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    skipped = f"no k-NN test now, for it would take too long: python evaluate.py knn {tmp_path}"
+    assert sum(line.startswith(skipped) for line in lines) == 1
+    assert f"  python segment.py masks {tmp_path / 'last.pth'}" in lines
+    assert not any("Jaccard" in line for line in lines)
+
+
+def test_what_is_affordable_follows_from_the_time_that_one_image_takes():
+    backbone = build_backbone("vit_micro", 8, 16).eval()
+    networks = SimpleNamespace(backbone=backbone)
+    state = SimpleNamespace(teacher=networks, center=torch.zeros(1))
+    now = time.monotonic()
+    run = SimpleNamespace(state=state, start=now)
+    assert affordable(run, 16, 10) and not affordable(run, 16, 10**8)
+    assert affordable(SimpleNamespace(state=state, start=now - 10**9), 16, 10**8)
