@@ -63,7 +63,6 @@ class MultiCrop:
     """uint8 [3, h, w] -> globals [2, 3, g, g], locals [v - 2, 3, l, l] and photometry [v, 8].
 
     The crops are uint8, no tensor if there are none; the photometry is float32, see PARAMETERS.
-    blur_sigma: the largest, in pixels.
     """
 
     def __init__(self, global_size=224, local_size=96, local_crops=8,
@@ -124,8 +123,8 @@ def adjust_saturation(x, factor):
 def adjust_hue(x, turns):
     """Turn the hue in HSV by turns [b], at most a sixth either way, without leaving RGB.
 
-    As the hue goes round, a channel stays at the pixel's highest value for a third of a turn, falls
-    for a sixth, stays at the lowest for a third, rises for a sixth. 2 x - middle is the line of the
+    As the hue goes round, a channel is at the pixel's highest value for a third of a turn, falls
+    for a sixth, is at the lowest for a third, rises for a sixth. 2 x - middle is the line of the
     nearer slope, carried on: turning moves along it, and the clamp restores the plateaus.
     """
     r, g, b = x.unbind(1)
@@ -141,8 +140,7 @@ def adjust_hue(x, turns):
 def color_jitter(x, factors, order):
     """Jitter [b, 3, h, w] in place, each sample with its own factors [b, 4] and order [b].
 
-    order indexes ORDERS and lies on the host; -1 leaves a sample as it is. In each of four rounds,
-    each operation runs on the samples whose turn it is.
+    order indexes ORDERS and lies on the host; -1 leaves a sample as it is.
     """
     adjust = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
     operations = ORDERS[order.long()].masked_fill((order < 0)[:, None], -1)
@@ -154,10 +152,7 @@ def color_jitter(x, factors, order):
 
 
 def gaussian_blur(x, sigma, radius=6):
-    """exp(-r^2 / (2 sigma^2)), normalised, along columns and along rows; the borders reflect.
-
-    sigma [b] is each sample's own, in pixels. radius: 3 x the largest sigma, 2.
-    """
+    """exp(-r^2 / (2 sigma^2)), normalised, along columns and rows; sigma [b] is at most 2."""
     radius = min(radius, x.shape[2] - 1, x.shape[3] - 1)
     r = torch.arange(-radius, radius + 1, device=x.device)
     taps = (-0.5 * (r / sigma[:, None]) ** 2).exp()
@@ -198,18 +193,3 @@ def photometry(crops, parameters):
     here = indices(solarized > 0, device)
     x[here] = solarize(x[here])
     return normalize(x)
-
-
-def views_on(device, batch):
-    """A loader's batch -> what the networks see: [2, b, 3, g, g] and [v - 2, b, 3, l, l]."""
-    *groups, parameters = batch
-    views = []
-    for crops, drawn in zip(groups, parameters.split([group.shape[1] for group in groups], 1)):
-        v = crops.shape[1]
-        crops = rearrange(crops.to(device, non_blocking=True), "b v c h w -> (v b) c h w")
-        drawn = rearrange(drawn, "b v p -> (v b) p")
-        # All at once would be the same; a CPU is twice as fast on parts that its cache holds.
-        part = max(1, 2**20 // crops[0].numel()) if crops.device.type == "cpu" else len(crops)
-        parts = [photometry(x, p) for x, p in zip(crops.split(part), drawn.split(part))]
-        views.append(rearrange(torch.cat(parts), "(v b) c h w -> v b c h w", v=v))
-    return views

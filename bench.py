@@ -28,8 +28,8 @@ from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from augment import MultiCrop, views_on
-from data import Order, Samples, load_views
+from augment import MultiCrop
+from data import Order, Samples, load_views, views_on
 from decode import read_image
 from distributed import amp_dtype, autocast, usable_device
 from evaluate import knn

@@ -15,12 +15,13 @@ from pathlib import Path
 from random import Random
 
 import torch
+from einops import rearrange
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
 
-from augment import views_on
+from augment import photometry
 from decode import open_image, read_image, suffixes, to_tensor, upright
 from shapes import Shapes
 from terminal import outlive_signals, say
@@ -424,3 +425,18 @@ def load_views(samples, batches, workers, device, bad):
     for *batch, replaced in loader:
         bad.update(replaced[replaced >= 0].tolist())
         yield views_on(device, batch)
+
+
+def views_on(device, batch):
+    """A loader's batch -> what the networks see: [2, b, 3, g, g] and [v - 2, b, 3, l, l]."""
+    *groups, parameters = batch
+    views = []
+    for crops, drawn in zip(groups, parameters.split([group.shape[1] for group in groups], 1)):
+        v = crops.shape[1]
+        crops = rearrange(crops.to(device, non_blocking=True), "b v c h w -> (v b) c h w")
+        drawn = rearrange(drawn, "b v p -> (v b) p")
+        # All at once would be the same; a CPU is twice as fast on parts that its cache holds.
+        part = max(1, 2**20 // crops[0].numel()) if crops.device.type == "cpu" else len(crops)
+        parts = [photometry(x, p) for x, p in zip(crops.split(part), drawn.split(part))]
+        views.append(rearrange(torch.cat(parts), "(v b) c h w -> v b c h w", v=v))
+    return views

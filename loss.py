@@ -1,9 +1,8 @@
 """The loss: cross-entropy between views, with the teacher centred and sharpened (3.1, Eq. 1-4).
 
 Student logits [v, b, k] and teacher logits [t, b, k] come in; the teacher sees the first t = 2 of
-the v views. Everything here is float32, whatever the precision of the networks. Eq. 3 is a sum over
-pairs of views; like the reference code we take the mean, so that a loss of ln K means "knows
-nothing" for any number of crops.
+the v views. Everything is float32, whatever the precision of the networks. Eq. 3 is a sum over
+pairs of views; like the reference code we take the mean, so that ln K means "knows nothing".
 """
 
 import torch
@@ -25,17 +24,17 @@ def teacher_probabilities(teacher, center, teacher_temp):
 
 
 def sinkhorn(logits, rounds=3):
-    """Sinkhorn-Knopp (Table 7): logits [t, b, k] -> P_t, over the t b views of all processes.
+    """Sinkhorn-Knopp (Table 7), over the views of all processes: logits [t, b, k] -> P_t.
 
-    Each round brings every output's sum over the batch to 1 / K of the whole, then every view's
-    sum to 1. It is done on logarithms, where no factor overflows.
+    Each round brings all outputs' sums over the batch to the same, then each view's to 1. It is
+    done on logarithms, where no factor overflows.
     """
     for _ in range(rounds):
         total = logits.logsumexp((0, 1))
         if dist.is_initialized():
-            totals = [torch.empty_like(total) for _ in range(dist.get_world_size())]
-            dist.all_gather(totals, total)
-            total = torch.stack(totals).logsumexp(0)
+            totals = total.new_empty(dist.get_world_size(), len(total))
+            dist.all_gather_into_tensor(totals, total)
+            total = totals.logsumexp(0)
         logits = F.log_softmax(logits - total, dim=-1)
     return logits.exp()
 
@@ -75,7 +74,7 @@ def entropies(teacher, center, teacher_temp):
     """Return, in nats, the mean entropy of P_t and the entropy of its mean over the batch, [2].
 
     Collapse to one output sends both to 0, collapse to the uniform output both to ln K; in either,
-    KL(P_t, P_s) = loss - entropy goes to 0 (section 5.3, Figure 7). The mean is this process's own.
+    KL(P_t, P_s) = loss - entropy goes to 0 (Figure 7). The mean is this process's own.
     """
     p_t = teacher_probabilities(teacher, center, teacher_temp)
     mean = reduce(p_t, "t b k -> k", "mean")

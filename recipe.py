@@ -58,7 +58,7 @@ PHOTOS = {  # where the recipe for photographs on a small machine, vit_mini's, d
     "out_dim": 1024,
     "hidden_dim": 512,
     "bottleneck_dim": 128,
-    "epochs": None,  # as many as epochs_for() says
+    "epochs": None,  # as with_length() says
     "batch": 64,
     "lr": 4e-3,
 }
@@ -82,7 +82,7 @@ BOUNDS = (  # flags, the least and the most that make sense
     ("student_temp teacher_temp warmup_teacher_temp", 1e-3, 1),
     ("momentum center_momentum", 0, 1),
     ("drop_path", 0, 0.99),
-    ("blur_sigma", 1e-3, 1e3),
+    ("blur_sigma", 1e-3, 2),
     ("out_dim", 2, 1e9),
 )
 SMALL = ("vit_micro", "vit_mini")  # whose recipes are for a laptop's CPU
@@ -295,11 +295,16 @@ def default_output(args):
     return Path("runs", "-".join(parts))
 
 
-def epochs_for(args, images):
-    """Return how many epochs to train on so many images."""
-    if args.epochs:
-        return args.epochs
-    return max(1, min(MOST_EPOCHS, round(PHOTOS_SEEN / images)))
+def with_length(args, images):
+    """Return the arguments with as many epochs as so many images are trained on."""
+    epochs = args.epochs or max(1, min(MOST_EPOCHS, round(PHOTOS_SEEN / images)))
+    return argparse.Namespace(**vars(args) | {"epochs": epochs})
+
+
+def crop_settings(args):
+    """Return what MultiCrop is made with."""
+    sizes = args.global_size, args.local_size, args.local_crops
+    return *sizes, args.global_scale, args.local_scale, args.blur_sigma
 
 
 def summary(args):

@@ -19,7 +19,6 @@ step (the log, checkpoints, tests, pictures) is in report.py.
 
 import copy
 import math
-from argparse import Namespace
 from random import Random
 from typing import NamedTuple
 
@@ -36,7 +35,7 @@ from distributed import amp_dtype, autocast, in_turn, parallel, processes, synch
 from head import DINOHead
 from loss import batch_center, dino_loss, entropies, update_center
 from optimizer import build_optimizer, set_rates
-from recipe import check, epochs_for, schedules, summary
+from recipe import check, crop_settings, schedules, summary, with_length
 from report import after_step, before_training, finish
 from run import Run
 from terminal import listen, run_command, say
@@ -127,15 +126,13 @@ def build_networks(args, device, world):
         backbone = start_from(args.init, args.arch, args.patch, args.drop_path, args.global_size)
     else:
         backbone = build_backbone(args.arch, args.patch, args.global_size, args.drop_path)
-    head = DINOHead(
-        backbone.dim, args.out_dim, args.hidden_dim, args.bottleneck_dim, args.norm_last_layer
-    )
+    sizes = args.out_dim, args.hidden_dim, args.bottleneck_dim
+    head = DINOHead(backbone.dim, *sizes, args.norm_last_layer)
     student = Network(backbone, head).to(device)
     if world > 1 and device.type == "cuda":  # for ResNet-50; a ViT has no batch norm
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    # Drop path is the student's alone. A convnet's teacher uses its batch's statistics, as in the
-    # reference code.
+    # drop path is the student's alone; a convnet's teacher uses its batch's statistics
     teacher.train(not isinstance(backbone, ViT))
     if args.recompute and isinstance(backbone, ViT):
         recompute_activations(backbone)
@@ -145,7 +142,7 @@ def build_networks(args, device, world):
 def train(args, device, rank, world):
     # Images, and in what order the processes see them.
     images, val = in_turn(lambda: load_both(args.data))
-    args = Namespace(**vars(args) | {"epochs": epochs_for(args, len(images))})
+    args = with_length(args, len(images))
     order = Order(len(images), args.batch, args.accumulate, rank, world, args.seed)
 
     # Student, teacher, centre and optimiser; a run that was stopped goes on from its checkpoint.
@@ -159,10 +156,7 @@ def train(args, device, rank, world):
     forward = torch.compile(student) if args.compile else student
     forward = parallel(forward, device, world)
 
-    crop = MultiCrop(
-        args.global_size, args.local_size, args.local_crops, args.global_scale, args.local_scale,
-        args.blur_sigma,
-    )  # fmt: skip
+    crop = MultiCrop(*crop_settings(args))
     batches = order.batches(run.first, run.last)
     loader = load_views(Samples(images, crop, args.seed), batches, args.workers, device, run.bad)
     before_training(run)

@@ -12,10 +12,10 @@ from recipe import (
     RECIPE,
     check,
     default_workers,
-    epochs_for,
     schedules,
     summary,
     teacher_temperature,
+    with_length,
 )
 from test_train import run
 
@@ -80,9 +80,9 @@ def test_photographs_have_a_recipe_of_their_own():
     assert train.parse_args("--data some/photos --arch vit_micro".split()).patch == 4
     check(args)
     # as many images in all, whatever their number, but no image too often
-    lengths = [epochs_for(args, images) for images in (50_000, 9_469, 800, 10**7)]
-    assert lengths == [13, 68, 250, 1]
-    assert epochs_for(train.parse_args("--data some/photos --epochs 7".split()), 800) == 7
+    lengths = [with_length(args, images).epochs for images in (50_000, 9_469, 800, 10**7)]
+    assert lengths == [13, 68, 250, 1] and args.epochs is None
+    assert with_length(train.parse_args("--data some/photos --epochs 7".split()), 800).epochs == 7
 
 
 def test_schedules_by_hand():

@@ -7,10 +7,10 @@ import torch
 
 import textbook
 import train
-from augment import MultiCrop, views_on
+from augment import MultiCrop
 from backbone import build_backbone
 from conftest import without_keys
-from data import Order, Samples
+from data import Order, Samples, views_on
 from head import DINOHead
 from shapes import Shapes
 from test_train import arguments, log, run
