@@ -33,7 +33,7 @@ def sinkhorn(logits, rounds=3):
         total = logits.logsumexp((0, 1))
         if dist.is_initialized():
             totals = total.new_empty(dist.get_world_size(), len(total))
-            dist.all_gather_into_tensor(totals, total)
+            dist.all_gather(list(totals), total)  # each fills a row
             total = totals.logsumexp(0)
         logits = F.log_softmax(logits - total, dim=-1)
     return logits.exp()
