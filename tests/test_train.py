@@ -1,5 +1,6 @@
 """The algorithm as a whole."""
 
+import itertools
 import json
 import math
 import os
@@ -11,13 +12,16 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import report
 import train
 from backbone import build_backbone
 from conftest import ROOT, TINY, without_keys
+from distributed import autocast
 from head import DINOHead
-from optimizer import parameter_groups
+from optimizer import build_optimizer, parameter_groups
+from recipe import schedules
 from report import affordable
 from run import Run
 
@@ -240,3 +244,37 @@ def test_what_is_affordable_follows_from_the_time_that_one_image_takes():
     run = SimpleNamespace(state=state, start=now)
     assert affordable(run, 16, 10) and not affordable(run, 16, 10**8)
     assert affordable(SimpleNamespace(state=state, start=now - 10**9), 16, 10**8)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what reads a device's value on the host, as .item(), a branch on it or a mask does."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal.default", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in str(function) for name in self.NAMES):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("flags", ["", "--accumulate 2", "--centering sinkhorn --optimizer sgd"])
+def test_a_step_reads_nothing_back_from_the_device(amp, flags, tmp_path):
+    args, device = arguments(flags, tmp_path), torch.device("cpu")
+    student, teacher = train.build_networks(args, device, 1)
+    optimizer, scaler = build_optimizer(args.optimizer, student, device, amp)
+    state = train.State(student, teacher, torch.zeros(args.out_dim), optimizer, scaler)
+    views = torch.randn(2, 4, 3, 16, 16), torch.randn(2, 4, 3, 8, 8)
+    schedule = schedules(3, args, 10, 8)
+    with Reads() as reads:
+        for _ in range(2):
+            figures, norm = train.train_step(
+                state, student, itertools.repeat(views), schedule, args, autocast(device, amp)
+            )
+        assert not reads.found
+        assert figures[0] > 0 and norm.item() > 0  # two reads
+    assert len(reads.found) == 2
