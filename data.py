@@ -4,7 +4,7 @@ Whatever the source, images[i] is a uint8 tensor [3, h, w] in RGB; images.labels
 indices (-1: none) or None, images.classes are their names; images.name(i) and images.mask(i) say
 what an image is called and where its objects are. load("name or path", "train" or "val") opens one.
 
-Views turns images into crops, and Batches says which images make up each batch. Both are stateless:
+Samples turns images into crops, and Order says which images make up each batch. Both are stateless:
 what they give follows from (seed, epoch, sample) and (seed, step), so resuming needs no memory.
 """
 

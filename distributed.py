@@ -123,8 +123,7 @@ def processes(name):
         )
     try:
         yield device, rank, world
-        if world > 1:  # torch 2.6 hangs if one parts while another still works
-            dist.barrier(patient_group())
+        meet()
     finally:
         let_go()
         if dist.is_initialized():
@@ -170,6 +169,12 @@ def patient_group():
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
+def meet():
+    """Wait for all processes: torch 2.6 hangs if one parts while another still works."""
+    if dist.is_initialized():
+        dist.barrier(patient_group())
+
+
 def in_turn(function):
     """Return function(), called by rank 0 first, then by one on each other machine, then the rest.
 
@@ -186,7 +191,7 @@ def in_turn(function):
     for now in range(3):
         if now == turn:
             result = function()
-        dist.barrier(patient_group())
+        meet()
     return result
 
 

@@ -7,10 +7,10 @@
     python evaluate.py predict runs/laptop/last.pth runs/laptop/linear.pth img.jpg
     torchrun --nproc_per_node=8 evaluate.py ...          each process with its share of the images
 
-Beside each figure stands an untrained network's; each evaluation adds a line to evaluate.jsonl in
-the checkpoint's folder. The linear protocol differs from the reference code's in three points: its
-random crops are bicubic, its learning rates are tried all at once, and an epoch's last, smaller
-batch is left out. Axes: b batch, d features, c classes, s learning rates swept.
+Beside k-NN, logistic and cached linear figures stand an untrained network's; each evaluation adds
+a line to evaluate.jsonl in the checkpoint's folder. The linear protocol differs from the reference
+code's in three points: its random crops are bicubic, its learning rates are tried all at once, and
+an epoch's last, smaller batch is left out. Axes: b batch, d features, c classes, s learning rates.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import math
 import time
 from collections import Counter
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -39,6 +38,7 @@ from features import (
     choose_labelled,
     describe_tokens,
     labelled_features,
+    made_by,
     probe_tokens,
     represent,
 )
@@ -260,7 +260,8 @@ def evaluate_linear(args, subject):
 
     best = top1.argmax().item()
     path = subject.folder / "linear.pth"
-    save_head(path, heads[best], train.classes, args.cached, kind)
+    made = made_by(subject.backbone, replace(how, dtype=None))
+    save_head(path, heads[best], train.classes, args.cached, made, kind)
     say(f"the best, of learning rate {args.lr[best]:g} x batch / 256 -> {path}")
     figures = {"epochs": args.epochs, "cached": args.cached, **kind, "lr": args.lr}
     figures |= {"top1": top1.tolist(), "top5": top5.tolist(), "loss": loss.tolist()}
@@ -269,10 +270,10 @@ def evaluate_linear(args, subject):
     return figures
 
 
-def save_head(path, head, classes, cached, kind):
+def save_head(path, head, classes, cached, made, kind):
     """Write a linear classifier, [c, d + 1], and what it needs to be used."""
     saved = {"weight": head[:, :-1].cpu(), "bias": head[:, -1].cpu(), "classes": classes}
-    saved |= {"cached": cached, **kind}
+    saved |= {"cached": cached, "made_by": made, **kind}
     if first_process():
         write_whole(path, lambda file: torch.save(saved, file))
 
@@ -280,26 +281,28 @@ def save_head(path, head, classes, cached, kind):
 def predict(args):
     """Print the likeliest classes of images, with the probability that linear.pth gives them."""
     head = load_checkpoint(args.head)
-    if not {"weight", "bias", "classes", "last", "mean_patches"} <= head.keys():
+    if not {"weight", "bias", "classes", "last", "mean_patches", "made_by"} <= head.keys():
         raise ValueError(f"{str(args.head)!r} is no linear.pth: evaluate.py linear writes one")
     loaded = load_backbone(args.checkpoint, args.network, args.heads)
     device = usable_device(args.device)
     backbone, weight = loaded.backbone.to(device), head["weight"].to(device)
     how = Extraction(device, last=head["last"], mean_patches=head["mean_patches"])
+    if head["made_by"] != made_by(backbone, how):
+        raise ValueError(f"{str(args.head)!r} belongs to another network than {args.checkpoint}")
     say(loaded.description)
-    for path, image in chain.from_iterable(map(stills, args.images)):
-        x = represent(backbone, center_crop(image, trained_at(backbone))[None], how)
-        if x.shape[1] != weight.shape[1]:
-            raise ValueError(
-                f"{str(args.head)!r} is for features of {weight.shape[1]} numbers, "
-                f"{args.checkpoint} gives {x.shape[1]}: it is another network's"
-            )
-        probability = (x[0] @ weight.T + head["bias"].to(device)).softmax(0)
-        value, order = probability.topk(min(args.top, len(probability)))
-        likeliest = []
-        for share, number in zip(value.tolist(), order.tolist()):
-            likeliest.append(f"{100 * share:.1f} % {head['classes'][number]}")
-        say(f"{path}: {', '.join(likeliest)}")
+    images = 0
+    for source in args.images:
+        for path, image in stills(source):
+            x = represent(backbone, center_crop(image, trained_at(backbone))[None], how)
+            probability = (x[0] @ weight.T + head["bias"].to(device)).softmax(0)
+            value, order = probability.topk(min(args.top, len(probability)))
+            likeliest = []
+            for share, number in zip(value.tolist(), order.tolist()):
+                likeliest.append(f"{100 * share:.1f} % {head['classes'][number]}")
+            say(f"{path}: {', '.join(likeliest)}")
+            images += 1
+    if images == 0:
+        raise ValueError("none of the images can be read")
 
 
 # ---- the commands ----

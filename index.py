@@ -21,7 +21,7 @@ from features import compute, made_by
 from files import write_whole
 from terminal import first_process, say
 
-CHUNK = 20_000  # images computed between looks at the clock
+CHUNK = 2_000  # images computed between looks at the clock
 KEEP_EVERY = 600  # seconds
 
 

@@ -26,8 +26,8 @@ def teacher_probabilities(teacher, center, teacher_temp):
 def sinkhorn(logits, rounds=3):
     """Sinkhorn-Knopp (Table 7), over the views of all processes: logits [t, b, k] -> P_t.
 
-    Each round brings all outputs' sums over the batch to the same, then each view's to 1. It is
-    done on logarithms, where no factor overflows.
+    Each round brings all outputs' sums over the (micro-)batch to the same, then each view's to 1.
+    It is done on logarithms, where no factor overflows.
     """
     for _ in range(rounds):
         total = logits.logsumexp((0, 1))

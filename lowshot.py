@@ -1,4 +1,4 @@
-"""Low-shot classification: logistic regression on frozen features, with few of the labels.
+"""Low-shot classification (appendix): logistic regression on frozen features, with few labels.
 
     python evaluate.py logistic CKPT --fraction 0.01 0.1
 
@@ -8,7 +8,7 @@ and no number of epochs are to be chosen. Several draws give a mean and a spread
 the held-out images. Axes: n images, d features, c classes.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from random import Random
 
@@ -36,20 +36,23 @@ def draw(labels, fraction, seed):
 
 
 def logistic_regression(x, labels, classes, penalty):
-    """Minimise the mean cross-entropy plus penalty / 2 times the squared norm of the weights.
+    """Minimise the summed cross-entropy plus penalty / 2 times the squared norm of the weights.
 
     x [n, d], labels [n] -> weights [c, d + 1], float64; the last column, the biases, is not
-    penalised. RuntimeError: no optimum is found, which a convex problem does not lead to.
+    penalised. ValueError: features are not finite, or no optimum is found.
     """
+    if not x.isfinite().all():
+        raise ValueError("features are not finite: try --amp off")
     x = F.pad(x.double(), (0, 1), value=1.0)
-    w = torch.zeros(classes, x.shape[1], dtype=torch.double, device=x.device, requires_grad=True)
+    w = torch.zeros(classes, x.shape[1], dtype=torch.double, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [w], max_iter=100, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
     )
 
     def objective():
         optimizer.zero_grad()
-        loss = F.cross_entropy(x @ w.T, labels) + penalty / 2 * w[:, :-1].square().sum()
+        loss = F.cross_entropy(x @ w.T, labels)  # both terms over n, which changes no optimum
+        loss = loss + penalty / len(x) / 2 * w[:, :-1].square().sum()
         loss.backward()
         return loss
 
@@ -58,9 +61,9 @@ def logistic_regression(x, labels, classes, penalty):
     for _ in range(20):
         optimizer.step(objective)
         objective()
-        if w.grad.norm() <= TOLERANCE * start:
+        if w.grad.norm() <= max(TOLERANCE * start, 1e-12):  # which rounding leaves of 0
             return w.detach()
-    raise RuntimeError(f"LBFGS ended with a gradient of {w.grad.norm() / start:.1e} of the start's")
+    raise ValueError(f"--penalty {penalty}: logistic regression finds no optimum")
 
 
 def accuracy(weights, x, labels):
@@ -69,24 +72,39 @@ def accuracy(weights, x, labels):
     return 100 * (logits.argmax(1) == labels).double().mean().item()
 
 
-def low_shot(backbone, train, val, how, args):
-    """Return the accuracy of each draw, {fraction: [per cent, ...]}, and the images drawn."""
-    x, labels = labelled_features(backbone, train, how)
-    held_out, truth = labelled_features(backbone, val, how)
-    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)  # no label is needed for these
+def low_shot(backbone, train, val, fractions, how, args):
+    """Return the accuracy in per cent of each draw of each fraction: {fraction: [...]}."""
+    x, labels = (part.cpu() for part in labelled_features(backbone, train, how))
+    held_out, truth = (part.cpu() for part in labelled_features(backbone, val, how))
+    mean, std = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)  # these need no label
     x, held_out = (x - mean) / std, (held_out - mean) / std
-    results, images = {}, {}
-    for fraction in args.fraction:
+    results = {}
+    for fraction in fractions:
         results[fraction] = []
         for seed in range(args.draws):
             drawn = draw(labels.tolist(), fraction, seed)
-            if not drawn:
-                raise ValueError(f"--fraction {fraction} of the labels is no image of any class")
-            penalty = args.penalty / len(drawn)
-            weights = logistic_regression(x[drawn], labels[drawn], len(train.classes), penalty)
+            classes = len(train.classes)
+            weights = logistic_regression(x[drawn], labels[drawn], classes, args.penalty)
             results[fraction].append(accuracy(weights, held_out, truth))
-        images[fraction] = drawn
-    return results, images
+    return results
+
+
+def fractions_with_images(fractions, labels):
+    """Return {fraction: (images in it, classes without one)} of those that have an image.
+
+    The others are named. ValueError: that is all of them.
+    """
+    counts = Counter(label for label in labels if label >= 0)
+    kept = {}
+    for fraction in fractions:
+        drawn = [round(fraction * count) for count in counts.values()]
+        if any(drawn):
+            kept[fraction] = sum(drawn), drawn.count(0)
+        else:
+            say(f"note: {100 * fraction:g} % of the labels is no image of any class: left out")
+    if not kept:
+        raise ValueError(f"--fraction {fractions} of the labels is no image of any class")
+    return kept
 
 
 def evaluate_logistic(args, subject):
@@ -94,18 +112,18 @@ def evaluate_logistic(args, subject):
     train, val = in_turn(lambda: load_labelled(subject.data, held_out=True))
     kind = probe_tokens(subject.backbone, args)
     how = replace(extraction(args, subject), **kind)
+    fractions = fractions_with_images(args.fraction, train.labels)
     columns = {}
     for name, network in subject.networks(args.untrained is not False).items():
-        columns[name], drawn = low_shot(network, train, val, how, args)
+        columns[name] = low_shot(network, train, val, fractions, how, args)
     say(
         f"{subject.data}: {len(val)} images to test on, {len(train.classes)} classes; "
         f"{describe_tokens(subject.backbone, **kind)}; mean and standard deviation of "
         f"{args.draws} draws, top-1 %"
     )
     say("labels  images" + "".join(f"  {name:>12}" for name in columns))
-    for fraction in args.fraction:
-        missing = len(train.classes) - len({train.labels[i] for i in drawn[fraction]})
-        row = f"{100 * fraction:4g} %  {len(drawn[fraction]):6}"
+    for fraction, (images, missing) in fractions.items():
+        row = f"{100 * fraction:4g} %  {images:6}"
         for column in columns.values():
             values = torch.tensor(column[fraction], dtype=torch.double)
             row += f"  {values.mean():5.1f} +- {values.std(correction=0):3.1f}"

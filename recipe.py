@@ -50,7 +50,7 @@ RECIPE = {  # flag: (the paper's value, the laptop's, what it is)
     "clip": (3.0, 3.0, "largest norm of the gradient, 0 for any"),
     "freeze_last_layer": (1, 0, "epochs during which the head's last layer stays as it is"),
 }
-PHOTOS = {  # where the recipe for photographs on a small machine, vit_mini's, differs from that
+PHOTOS = {  # where the recipe for photographs on a small machine differs from the laptop's
     "patch": 8,
     "global_size": 48,
     "local_size": 24,
@@ -62,8 +62,8 @@ PHOTOS = {  # where the recipe for photographs on a small machine, vit_mini's, d
     "batch": 64,
     "lr": 4e-3,
 }
-PHOTOS_SEEN = 640_000  # by that recipe in all, so that it takes an hour on two cores
-MOST_EPOCHS = 250  # of fewer images
+PHOTOS_SEEN = 640_000  # images in all that this recipe trains on, an image once an epoch
+MOST_EPOCHS = 250  # and no more epochs than this
 RESNET = {  # where the paper's recipe for ResNet-50 differs
     "optimizer": "sgd",
     "lr": 0.03,
@@ -151,7 +151,10 @@ def schedules(step, args, steps_per_epoch, global_batch):
 
 
 def parse_args(description, argv=None):
-    """Resolve train.py's command line: what it leaves open comes from the architecture's recipe."""
+    """Resolve train.py's command line: what it leaves open comes from the architecture's recipe.
+
+    The architecture itself, left open, follows from the data.
+    """
     which = argparse.ArgumentParser(add_help=False)
     which.add_argument("--arch")
     which.add_argument("--data", default="shapes")
@@ -192,6 +195,8 @@ def add_hyper_parameters(parser, arch):
         else:
             kind = {"type": type(paper)}
         photos = PHOTOS.get(name, laptop)
+        if photos is None:
+            photos = f"{PHOTOS_SEEN} images in all, {MOST_EPOCHS} at most"
         text = f"{text} (paper {shown(paper)}, laptop {shown(laptop)}, photos {shown(photos)})"
         parser.add_argument(f"--{name}", default=default, help=text, **kind)
 
@@ -280,11 +285,11 @@ def usable_cores():
 
 def default_output(args):
     """runs/NAME from what tells runs apart: architecture, data, batch of several processes."""
-    laptop = args.arch in SMALL
+    laptop = args.arch == ("vit_micro" if args.data == "shapes" else "vit_mini")
     data = Path(args.data).absolute() if os.path.isdir(args.data) else Path(args.data)
     world = int(os.environ.get("WORLD_SIZE", 1))
     parts = ["laptop" if laptop else f"{args.arch}_{args.patch}"]
-    if args.arch != "vit_micro" or args.data != "shapes":
+    if not (laptop and args.data == "shapes"):
         parts.append(data.parent.name if data.name == "train" else data.name)
     if world > 1:
         parts.append(f"b{args.batch * args.accumulate * world}")
@@ -296,9 +301,12 @@ def default_output(args):
 
 
 def with_length(args, images):
-    """Return the arguments with as many epochs as so many images are trained on."""
-    epochs = args.epochs or max(1, min(MOST_EPOCHS, round(PHOTOS_SEEN / images)))
-    return argparse.Namespace(**vars(args) | {"epochs": epochs})
+    """Return the arguments with the number of epochs, which may follow from that of the images."""
+    if args.epochs:
+        return args
+    epochs = max(1, min(MOST_EPOCHS, round(PHOTOS_SEEN / images)))
+    warmup = min(args.warmup_epochs, epochs - 1)
+    return argparse.Namespace(**vars(args) | {"epochs": epochs, "warmup_epochs": warmup})
 
 
 def crop_settings(args):
@@ -313,8 +321,8 @@ def summary(args):
     What is not given (None) and an ablation that is off are left out.
     """
     why = {
-        "vit_micro": "the laptop's, for the built-in images (vit_micro)",
-        "vit_mini": "photographs on a small machine (vit_mini, the default of data but shapes)",
+        "vit_micro": "the laptop's (vit_micro, the default for shapes)",
+        "vit_mini": "photographs on a small machine (vit_mini, the default for other data)",
     }
     lines = [f"recipe     {why.get(args.arch, f'the paper, {args.arch}')}"]
     for group, names in GROUPS.items():

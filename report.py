@@ -8,7 +8,7 @@ import torch
 
 from backbone import trained_at, untrained
 from data import are_constant, describe_images, read_or_next
-from distributed import in_turn, mean_over_processes
+from distributed import in_turn, mean_over_processes, meet
 from evaluate import knn_of
 from features import Extraction, usual_size
 from segment import attend, attention_masks
@@ -32,7 +32,8 @@ def before_training(run):
         say("warning: --freeze_last_layer keeps the last layer as it is for the whole run")
     say(
         f"{len(run.images)} images, {run.world} x {args.batch} x {args.accumulate} a step, "
-        f"{run.total} steps, learning rate {args.lr:g} x {run.global_batch} / 256 = {peak:g}, "
+        f"{run.total} steps in {args.epochs} epochs, "
+        f"learning rate {args.lr:g} x {run.global_batch} / 256 = {peak:g}, "
         f"{run.state.center.device}, {run.dtype or 'float32'}"
     )
     if run.first == 0:
@@ -80,21 +81,27 @@ def after_step(run, done, schedule, figures, grad_norm):
     if stop:
         name = signal.Signals(stop).name
         say(f"stopped by {name} after step {done}: the same command goes on from there")
+        meet()
         sys.exit(128 + stop)
 
 
 def affordable(run, size, count):
-    """Whether so many images of a size take ten seconds, or a tenth of the run's time so far.
+    """Whether the backbone sees so many images of a size within what a run may spend on its own.
 
-    Four are looked at to know; on a GPU it is taken to be so.
+    That is ten seconds, or a tenth of the run's time so far. It is measured on blank images; on a
+    GPU it is taken to be so.
     """
     device, backbone = run.state.center.device, run.state.teacher.backbone
     if device.type != "cpu":
         return True
-    start = time.monotonic()
+    training = backbone.training
+    backbone.eval()
     with torch.inference_mode():
+        backbone(torch.zeros(1, 3, size, size))  # the first time is slower
+        start = time.monotonic()
         backbone(torch.zeros(4, 3, size, size))
     expected = count / 4 * (time.monotonic() - start)
+    backbone.train(training)
     return expected <= max(10, (start - run.start) / 10)
 
 
@@ -110,8 +117,9 @@ def compare_neighbours(run, step):
     networks = 2 if step else 1
     seen = min(len(run.images), limits[0]) + min(len(run.val or ()), limits[1])
     if not affordable(run, trained_at(run.state.teacher.backbone), networks * seen):
-        last = run.args.output / "last.pth"
-        say(f"no k-NN test now, for it would take too long: python evaluate.py knn {last}")
+        if not run.untested:
+            say("no k-NN test, for it would take more than ten seconds and a tenth of the run")
+        run.untested = True
         return
 
     def top1(name):
@@ -175,19 +183,21 @@ def finish(run):
     for name in files:
         say(f"  {output / name}")
     tests = [line for line in run.lines() if "knn" in line]
-    if len(tests) > 1:
+    if len(tests) > 1 and tests[0]["step"] == 0 and tests[-1]["step"] == run.last:
         say(
             f"  k-NN: teacher {tests[-1]['knn']:.1f} %, student {tests[-1]['knn_student']:.1f} %, "
             f"{starting_point(run)} {tests[0]['knn']:.1f} %"
         )
-    on_shapes = is_vit and isinstance(run.images, Shapes)
-    masks = on_shapes and affordable(run, usual_size(backbone), 3 * MASKS)
-    if masks:
+    has_objects = is_vit and isinstance(run.images, Shapes)
+    compares = has_objects and affordable(run, usual_size(backbone), 3 * MASKS)
+    if compares:
         say_jaccard(run)
     if run.bad:
         say(f"  {len(run.bad)} images could not be read")
     say("next:")
-    if on_shapes and not masks:
+    if run.untested:
+        say(f"  python evaluate.py knn {output / 'last.pth'}")
+    if has_objects and not compares:
         say(f"  python segment.py masks {output / 'last.pth'}")
     if run.images.labels:
         say(f"  python evaluate.py linear {output / 'last.pth'} --cached")

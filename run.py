@@ -62,6 +62,7 @@ class Run:
         self.first = self.last = 0  # the steps from and to which to train: set by resume()
         self.bad, self.named = set(), set()  # images that cannot be read; those already named
         self.norms = []  # of the gradients since the last line of the log
+        self.untested = False  # whether a k-NN test was left out, since it would take too long
         self.collapsed = 0  # lines of the log since the output collapsed
         self.attention = {}  # {step: what the teacher attends to in a few images}
         self.start = time.monotonic()

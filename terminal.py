@@ -149,7 +149,7 @@ def less_memory(args):
     if hasattr(args, "accumulate"):
         return "lower --batch (and raise --accumulate as much, for the same global batch)"
     flags = [f"--{flag}" for flag in ("batch", "size") if hasattr(args, flag)]
-    return f"lower {' or '.join(flags)}"
+    return f"lower {' or '.join(flags)}" if flags else "it needs a machine with more memory"
 
 
 def json_line(values):

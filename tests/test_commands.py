@@ -26,11 +26,11 @@ def command(file, *flags, cwd, status=0):
 
 def test_train_evaluate_segment_and_visualize_a_folder(folder, tmp_path):
     trained = command("train.py", "--data", folder / "train", *TINY, "--epochs", 2, cwd=tmp_path)
-    run = tmp_path / "runs" / "laptop-images"
+    run = tmp_path / "runs" / "vit_micro_8-images"
     files = "attention.png config.json curves.png emergence.png last.pth log.jsonl".split()
     assert sorted(path.name for path in run.iterdir()) == files
     assert "left" in trained.stderr and "untrained" in trained.stdout
-    assert "runs/laptop-images/curves.png" in trained.stdout
+    assert "runs/vit_micro_8-images/curves.png" in trained.stdout
 
     last, here = run / "last.pth", ("--device", "cpu")
     evaluated = command("evaluate.py", "knn", last, *here, cwd=tmp_path).stdout
@@ -106,5 +106,5 @@ def test_the_cifar10_recipe_on_a_stand_in(tmp_path, monkeypatch, capsys):
         "--steps 2 --workers 0 --device cpu"
     )
     train.main(train.parse_args([*recipe, *tiny.split()]))
-    assert "50 images, 1 x 4 x 1 a step, 12 steps" in capsys.readouterr().out
+    assert "50 images, 1 x 4 x 1 a step, 12 steps in 1 epochs" in capsys.readouterr().out
     assert (tmp_path / "runs" / "vit_tiny_4-cifar10" / "last.pth").exists()

@@ -14,21 +14,21 @@ from shapes import LENGTHS
 
 
 def plain_gradient(w, x, labels, penalty):
-    """The gradient of mean cross-entropy plus the penalty, image by image."""
+    """The gradient of the summed cross-entropy plus the penalty, image by image."""
     w, x = w.numpy(), np.pad(x.numpy(), ((0, 0), (0, 1)), constant_values=1)
     gradient = np.zeros_like(w)
     for image, label in zip(x, labels.tolist()):
         p = np.exp(w @ image - (w @ image).max())
         p /= p.sum()
         p[label] -= 1
-        gradient += np.outer(p, image) / len(x)
+        gradient += np.outer(p, image)
     gradient[:, :-1] += penalty * w[:, :-1]
     return np.linalg.norm(gradient)
 
 
 def test_the_optimum_has_no_gradient():
     x, labels = torch.randn(60, 8).double(), torch.randint(4, (60,))
-    for penalty in (1.0, 1 / 60, 1e-4):
+    for penalty in (60.0, 1.0, 1e-2):
         w = logistic_regression(x, labels, 5, penalty)
         start = plain_gradient(torch.zeros(5, 9).double(), x, labels, penalty)
         assert w.shape == (5, 9) and plain_gradient(w, x, labels, penalty) < 2 * TOLERANCE * start
@@ -38,12 +38,19 @@ def test_separable_features_are_told_and_shuffled_labels_are_chance():
     centers = 10 * torch.eye(5)
     labels, truth = torch.arange(5).repeat(40), torch.arange(5).repeat(200)
     x, held_out = centers[labels] + torch.randn(200, 5), centers[truth] + torch.randn(1000, 5)
-    weights = logistic_regression(x, labels, 5, 1 / 200)
+    weights = logistic_regression(x, labels, 5, 1.0)
     assert accuracy(weights, held_out, truth) == 100
-    shuffled = logistic_regression(torch.randn(200, 5), labels, 5, 1 / 200)
+    shuffled = logistic_regression(torch.randn(200, 5), labels, 5, 1.0)
     assert 10 < accuracy(shuffled, torch.randn(1000, 5), truth) < 30
-    one_each = logistic_regression(centers, torch.arange(5), 5, 1 / 5)
+    one_each = logistic_regression(centers, torch.arange(5), 5, 1.0)
     assert accuracy(one_each, held_out, truth) > 99
+
+
+def test_features_that_say_nothing_end_without_a_traceback():
+    w = logistic_regression(torch.zeros(8, 3), torch.arange(4).repeat(2), 4, 1.0)
+    assert w.abs().max() < 1e-9
+    with pytest.raises(ValueError, match="features are not finite"):
+        logistic_regression(torch.full((4, 3), torch.nan), torch.arange(4), 4, 1.0)
 
 
 def test_a_share_of_each_class_is_drawn():
@@ -71,8 +78,10 @@ def test_the_table_names_classes_without_an_image(folder, checkpoint, capsys):
     """Six images of one class and two of the other: a quarter is two and none."""
     for i in (2, 3, 4, 5):
         next((folder / "train" / "größe").glob(f"{i}.*")).unlink()
-    flags = "--data", folder, "--fraction", 0.25, 1, "--draws", 3, "--workers", 0
-    table = run(capsys, "logistic", checkpoint, *flags)
+    flags = "--data", folder, "--fraction", 0.01, 0.25, 1, "--draws", 3, "--workers", 0
+    said, *table = run(capsys, "logistic", checkpoint, *flags)
+    assert "ViT of width" in said
+    assert "1 % of the labels is no image of any class: left out" in table[0]
     assert "12 images to test on, 2 classes" in table[1] and "mean and standard dev" in table[1]
     assert table[3].split()[:3] == ["25", "%", "2"] and table[3].endswith("(1 classes have none)")
     assert table[4].split()[:3] == ["100", "%", "8"] and "+-" in table[4]
@@ -101,10 +110,10 @@ def test_predict_says_what_the_linear_classifier_says(folder, checkpoint, capsys
     for name, share in zip(head["classes"], wanted.tolist()):
         assert float(said[name]) == pytest.approx(100 * share, abs=0.06)
 
-    head["weight"] = head["weight"][:, :-1]
-    torch.save(head, checkpoint.parent / "other.pth")
-    with pytest.raises(ValueError, match="it is another network's"):
-        run(capsys, "predict", checkpoint, checkpoint.parent / "other.pth", image)
+    other = checkpoint.parent / "other.pth"
+    torch.save(build_backbone("vit_micro", 8, 16).state_dict(), other)
+    with pytest.raises(ValueError, match="belongs to another network than .*other.pth"):
+        run(capsys, "predict", other, checkpoint.parent / "linear.pth", image)
 
 
 def test_on_shapes(checkpoint, capsys, monkeypatch):
