@@ -58,6 +58,8 @@ PHOTOS = {  # where the recipe for photographs on a small machine differs from t
     "out_dim": 1024,
     "hidden_dim": 512,
     "bottleneck_dim": 128,
+    "teacher_temp": 0.04,
+    "warmup_teacher_temp_epochs": 5,
     "epochs": None,  # as with_length() says
     "batch": 64,
     "lr": 4e-3,
