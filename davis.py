@@ -242,30 +242,25 @@ def read_results(sequence, folder):
         yield mask
 
 
-def choose_methods(args, subject, short, how):
-    """{name: function of a sequence that yields its masks}: the copied first mask, and others."""
+def choose_methods(args, subject):
+    """({name: function of a sequence that yields its masks}, their settings): copied, and others.
+    """
     methods = {"copied": copy_first}
     if args.results:
         methods["results"] = partial(read_results, folder=args.results)
-        return methods
+        return methods, {"folder": str(args.results)}
+    require_vit(subject.backbone, args.checkpoint)
+    short, how = args.size or usual_size(subject.backbone), propagation_of(args)
     for name, network in subject.networks(args.untrained).items():
         folder = args.write if name == "trained" else None
         methods[name] = partial(carry_first, backbone=network, short=short, how=how, folder=folder)
-    return methods
+    return methods, {"size": short, **how._asdict()}
 
 
 def evaluate_davis(args, subject):
     """Carry, or read, the masks of all sequences: print their figures, and return the means."""
-    settings = {"year": args.year}
-    short = how = None
-    if args.results:
-        settings["folder"] = str(args.results)
-    else:
-        require_vit(subject.backbone, args.checkpoint)
-        short, how = args.size or usual_size(subject.backbone), propagation_of(args)
-        settings |= {"size": short, **how._asdict()}
+    methods, settings = choose_methods(args, subject)
     sequences = in_turn(lambda: open_sequences(subject.data, args.year))
-    methods = choose_methods(args, subject, short, how)
     sums = 100 * score_all(sequences, methods, subject.rank, subject.world)
 
     objects = torch.tensor([len(sequence.numbers) for sequence in sequences])
@@ -277,7 +272,7 @@ def evaluate_davis(args, subject):
         say_rows(sequence.title, methods, of_objects / number)
     means = sums.sum(0) / objects.sum()
     say_rows("mean over objects", methods, means)
-    counts = {"sequences": len(sequences), "objects": objects.sum().item()}
+    counts = {"year": args.year, "sequences": len(sequences), "objects": objects.sum().item()}
     return settings | counts | {name: figures(mean) for name, mean in zip(methods, means)}
 
 

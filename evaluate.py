@@ -34,25 +34,18 @@ from distributed import in_turn, usable_device
 from features import (
     Crops,
     Extraction,
-    center_crop,
     choose_labelled,
     describe_tokens,
     labelled_features,
     made_by,
     probe_tokens,
     represent,
+    represent_image,
 )
 from files import write_whole
 from film import stills
 from lowshot import evaluate_logistic
-from protocol import (
-    add_extraction_flags,
-    add_flags,
-    check_positive,
-    check_workers,
-    extraction,
-    run_protocol,
-)
+from protocol import add_protocol, check_positive, check_workers, extraction, run_protocol
 from recipe import add_device_flag, add_network_flags
 from terminal import first_process, progress, run_command, say
 
@@ -293,8 +286,8 @@ def predict(args):
     images = 0
     for source in args.images:
         for path, image in stills(source):
-            x = represent(backbone, center_crop(image, trained_at(backbone))[None], how)
-            probability = (x[0] @ weight.T + head["bias"].to(device)).softmax(0)
+            x = represent_image(backbone, image, how)
+            probability = (x @ weight.T + head["bias"].to(device)).softmax(0)
             value, order = probability.topk(min(args.top, len(probability)))
             likeliest = []
             for share, number in zip(value.tolist(), order.tolist()):
@@ -308,14 +301,12 @@ def predict(args):
 # ---- the commands ----
 
 
-def add_protocol(commands, name, text):
-    """Add a command with the flags that all evaluations have."""
-    parser = commands.add_parser(name, help=text)
-    add_flags(parser)
-    add_extraction_flags(parser)
-    parser.add_argument("--untrained", action=argparse.BooleanOptionalAction, help="an untrained "
-                        "network beside (default: yes, in linear only if --cached)")  # fmt: skip
-    return parser.add_argument
+def add_evaluation(commands, name, text):
+    """Add a command with the flags that all evaluations have: its add_argument."""
+    add = add_protocol(commands, name, text)
+    add("--untrained", action=argparse.BooleanOptionalAction, help="an untrained network beside "
+        "(default: yes, in linear only if --cached)")  # fmt: skip
+    return add
 
 
 def add_token_flags(add):
@@ -330,11 +321,11 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="protocol", required=True)
 
-    add = add_protocol(commands, "knn", "weighted k-NN")
+    add = add_evaluation(commands, "knn", "weighted k-NN")
     add("--k", type=int, nargs="+", default=[10, 20, 100, 200],
         help="neighbours (the paper's: 10 20 100 200, 20 is best)")  # fmt: skip
 
-    add = add_protocol(commands, "linear", "a linear classifier on frozen features")
+    add = add_evaluation(commands, "linear", "a linear classifier on frozen features")
     add("--cached", action="store_true", help="train on features extracted once, in seconds; not "
         "the paper's protocol")  # fmt: skip
     add("--epochs", type=int, default=100, help="passes over the data (the paper's: 100)")
@@ -343,7 +334,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of the crops and their order")
     add_token_flags(add)
 
-    add = add_protocol(commands, "logistic", "logistic regression with few of the labels")
+    add = add_evaluation(commands, "logistic", "logistic regression with few of the labels")
     add("--fraction", type=float, nargs="+", default=[0.01, 0.1],
         help="shares of each class's labels (the paper's: 0.01 0.1)")  # fmt: skip
     add("--draws", type=int, default=5, help="how often the images are drawn")
@@ -365,9 +356,8 @@ PROTOCOLS = {"knn": evaluate_knn, "linear": evaluate_linear, "logistic": evaluat
 
 
 def main(args):
-    for flag in ("k", "lr", "batch", "epochs", "last", "fraction", "draws", "penalty", "top"):
-        if hasattr(args, flag):
-            check_positive(args, flag)
+    flags = "k lr batch epochs last fraction draws penalty top"
+    check_positive(args, *flags.split())
     if args.protocol == "predict":
         predict(args)
         return

@@ -166,6 +166,11 @@ def represent(backbone, crops, how):
     return torch.stack(features).mean(0)
 
 
+def represent_image(backbone, image, how):
+    """One image, uint8 [3, h, w], as how.fit shows it to the backbone -> its features [d]."""
+    return represent(backbone, how.fit(image, how.size_for(backbone))[None], how)[0]
+
+
 def scaled(images, scale, patch):
     """Scale images [b, 3, h, w], to at least a patch, and cut what is no whole patch."""
     h, w = images.shape[2:]

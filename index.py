@@ -51,7 +51,7 @@ def index_folder(backbone, folder, how):
         computed, read = compute(backbone, images, chunk, how)
         features[chunk], known[chunk] = computed.cpu(), torch.tensor(read)
         is_stale = is_stale or any(read)
-        if is_stale and (time.monotonic() - kept_at > KEEP_EVERY or chunk[-1] == missing[-1]):
+        if is_stale and time.monotonic() - kept_at > KEEP_EVERY:
             keep(path, images.paths, stats, features, known)
             kept_at, is_stale = time.monotonic(), False
     if is_stale:

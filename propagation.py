@@ -27,14 +27,13 @@ from einops import einsum, rearrange, repeat
 from PIL import Image
 
 from augment import normalize, resize
-from backbone import require_vit
-from checkpoint import load_backbone
-from distributed import usable_device
 from features import fitted_size, usual_size
 from files import whole_folder
 from film import Film, stills, write_gif
 from masks import VOID, numbers_in, read_mask, resize_mask, whole_palette, write_mask
 from pictures import draw_panels, tint
+from protocol import load_vit
+from recipe import add_size_flag
 from shapes import ShapesFilm
 from terminal import progress, say
 
@@ -162,9 +161,8 @@ def harden(labels, patch, size):
 
 def add_propagation_flags(parser):
     paper = Propagation()
+    add_size_flag(parser)
     add = parser.add_argument
-    add("--size", type=int, help="short side in pixels (default: 480/224 of the training size, "
-        "480 for the paper's)")  # fmt: skip
     add("--context", type=int, default=paper.context,
         help="frames before that labels come from, besides the first (the paper's: 7)")  # fmt: skip
     add("--radius", type=int, default=paper.radius,
@@ -240,9 +238,7 @@ def carry_film(args):
     """Carry a mask through a film: write each frame's mask, and the film with tinted objects."""
     how, output = propagation_of(args), choose_output(args)
     film, first, palette = open_film(args)
-    loaded = load_backbone(args.checkpoint, args.network, args.heads)
-    backbone = require_vit(loaded.backbone, args.checkpoint).to(usable_device(args.device))
-    say(loaded.description)
+    backbone = load_vit(args)
     frames, seen = tee(film)
     images = (image for _, image, _ in seen)
     masks = carry_mask(backbone, images, first, args.size or usual_size(backbone), how)

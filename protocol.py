@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from backbone import untrained
+from backbone import require_vit, untrained
 from checkpoint import RELEASED, load_backbone
-from distributed import amp_dtype, in_turn, processes
+from distributed import amp_dtype, in_turn, processes, usable_device
 from features import Extraction
 from recipe import add_amp_flag, add_device_flag, add_network_flags, usable_cores
 from terminal import first_process, json_line, say
@@ -48,8 +48,10 @@ def add_flags(parser, nargs=None):
     add_device_flag(parser)
 
 
-def add_extraction_flags(parser):
-    """Add the flags of commands that extract features."""
+def add_protocol(commands, name, text):
+    """Add a command that extracts features, with the flags of all these: its add_argument."""
+    parser = commands.add_parser(name, help=text)
+    add_flags(parser)
     add = parser.add_argument
     add("--cache", action="store_true",
         help="keep features in the output folder, and read those that are there")  # fmt: skip
@@ -57,6 +59,7 @@ def add_extraction_flags(parser):
     add("--batch", type=int, default=256, help="images a process at a time")
     workers = min(2, usable_cores())
     add("--workers", type=int, default=workers, help="processes that read images")
+    return add
 
 
 def extraction(args, subject):
@@ -79,9 +82,12 @@ def check_workers(args):
 
 
 def check_positive(args, *flags):
-    """ValueError: a flag's value, or one of its values, is not a positive number."""
+    """ValueError: a flag's value, or one of its values, is not a positive number.
+
+    A flag that the command lacks is passed over.
+    """
     for flag in flags:
-        value = getattr(args, flag)
+        value = getattr(args, flag, None)
         values = value if isinstance(value, list) else [value]
         if value is not None and not all(0 < v < math.inf for v in values):
             raise ValueError(f"--{flag} {value} must be positive")
@@ -104,6 +110,14 @@ def run_protocol(args, protocol):
         if first_process():
             with open(subject.folder / "evaluate.jsonl", "a") as file:
                 file.write(json_line(line))
+
+
+def load_vit(args):
+    """Load the checkpoint's ViT onto --device, and say what it is. ValueError: it is a convnet."""
+    loaded = load_backbone(args.checkpoint, args.network, args.heads)
+    backbone = require_vit(loaded.backbone, args.checkpoint).to(usable_device(args.device))
+    say(loaded.description)
+    return backbone
 
 
 def open_subject(args, device, rank, world):

@@ -161,7 +161,7 @@ def parse_args(description, argv=None):
     which.add_argument("--arch")
     which.add_argument("--data", default="shapes")
     known = which.parse_known_args(argv)[0]
-    arch = known.arch or ("vit_micro" if known.data == "shapes" else "vit_mini")
+    arch = known.arch or default_arch(known.data)
 
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
@@ -257,6 +257,11 @@ def add_device_flag(parser):
     parser.add_argument("--device", default=default, help="(default: cuda where there is a GPU)")
 
 
+def add_size_flag(parser):
+    parser.add_argument("--size", type=int, help="short side in pixels (default: 480/224 of the "
+                        "training size, 480 for the paper's)")  # fmt: skip
+
+
 def add_amp_flag(parser):
     choices = ("auto", "off", "bf16", "fp16")
     parser.add_argument("--amp", choices=choices, default="auto", help="mixed precision of the "
@@ -285,9 +290,13 @@ def usable_cores():
     return os.cpu_count() or 1
 
 
+def default_arch(data):
+    return "vit_micro" if data == "shapes" else "vit_mini"
+
+
 def default_output(args):
     """runs/NAME from what tells runs apart: architecture, data, batch of several processes."""
-    laptop = args.arch == ("vit_micro" if args.data == "shapes" else "vit_mini")
+    laptop = args.arch == default_arch(args.data)
     data = Path(args.data).absolute() if os.path.isdir(args.data) else Path(args.data)
     world = int(os.environ.get("WORLD_SIZE", 1))
     parts = ["laptop" if laptop else f"{args.arch}_{args.patch}"]

@@ -13,7 +13,6 @@ new or changed files are computed again. The benchmarks are in landmarks.py and 
 """
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,21 +26,14 @@ from einops import rearrange
 from copydays import Copies, evaluate_copydays, jpeg
 from data import Files
 from decode import read_image
-from features import extract, represent
+from features import extract, represent_image
 from files import write_whole
 from film import stills
 from index import Index, index_folder
 from landmarks import evaluate_landmarks
 from pictures import draw_panels, shown
-from protocol import (
-    add_extraction_flags,
-    add_flags,
-    check_positive,
-    check_workers,
-    extraction,
-    run_protocol,
-)
-from terminal import first_process, progress, run_command, say
+from protocol import add_protocol, check_positive, check_workers, extraction, run_protocol
+from terminal import first_process, json_line, progress, run_command, say
 from vit import ViT
 
 ROWS, COLUMNS = 10, 8  # of a picture, at most
@@ -89,12 +81,11 @@ def search(args, subject):
     """Print the images of the folder that are nearest to each query, and draw them."""
     how, found = open_index(args, subject)
     root = Path(subject.data)
-    size = how.size_for(subject.backbone)
     rows, queries = [], 0
     for source in args.query:
         for path, image in stills(source):
-            feature = represent(subject.backbone, how.fit(image, size)[None], how)
-            neighbours = nearest(F.normalize(feature, dim=-1)[0].cpu(), found, args.top, root, path)
+            feature = F.normalize(represent_image(subject.backbone, image, how), dim=-1).cpu()
+            neighbours = nearest(feature, found, args.top, root, path)
             queries += 1
             say(str(path))
             for cosine, name in neighbours:
@@ -230,7 +221,7 @@ def write_features(args, subject):
         lines = "".join(name.replace("\n", "\\n") + "\n" for name in found.names)
         lines = lines.encode("utf-8", "surrogateescape")
         write_whole(path.with_suffix(".txt"), lambda file: file.write(lines))
-        write_whole(path.with_suffix(".json"), lambda file: file.write(json.dumps(made).encode()))
+        write_whole(path.with_suffix(".json"), lambda file: file.write(json_line(made).encode()))
         write_whole(path, lambda file: np.save(file, found.features.numpy()))
     elif first_process():
         saved = {"names": found.names, "features": found.features, **made}
@@ -241,14 +232,6 @@ def write_features(args, subject):
 
 
 # ---- the commands ----
-
-
-def add_protocol(commands, name, text):
-    """Add a command with the flags that all of them have."""
-    parser = commands.add_parser(name, help=text)
-    add_flags(parser)
-    add_extraction_flags(parser)
-    return parser.add_argument
 
 
 def parse_args(argv=None):
@@ -294,9 +277,7 @@ PROTOCOLS = {
 
 
 def main(args):
-    for flag in ("batch", "top", "size"):
-        if hasattr(args, flag):
-            check_positive(args, flag)
+    check_positive(args, "batch", "top", "size")
     check_workers(args)
     if args.protocol == "copies" and args.threshold and not -1 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold} must lie in [-1, 1]: it is a cosine")

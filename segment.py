@@ -32,7 +32,7 @@ from masks import VOID, load_with_masks, numbers_in, resize_mask
 from pictures import cut_out, draw_panels
 from propagation import add_propagation_flags, carry_film
 from protocol import add_flags, check_positive, run_protocol
-from recipe import add_device_flag, add_network_flags
+from recipe import add_device_flag, add_network_flags, add_size_flag
 from terminal import first_process, progress, run_command, say
 
 # ---- attention as maps ----
@@ -228,8 +228,7 @@ def add_masks(parser):
     add = parser.add_argument
     add("--masks", type=Path, help="a folder of masks with the names of the images in --data")
     add("--mass", type=float, default=0.6, help="share of the attention inside (the paper's: 0.6)")
-    add("--size", type=int, help="short side in pixels (default: 480/224 of the training size, "
-        "480 for the paper's)")  # fmt: skip
+    add_size_flag(parser)
     add("--untrained", action=argparse.BooleanOptionalAction, default=True,
         help="an untrained network beside")  # fmt: skip
 

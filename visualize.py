@@ -23,11 +23,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from augment import resize
-from backbone import require_vit
-from checkpoint import RELEASED, load_backbone
-from distributed import usable_device
+from checkpoint import RELEASED
 from film import Film, is_film, stills, write_gif
 from pictures import cut_out, draw_panels, overlay, save_figure, shown, upsample
+from protocol import load_vit
 from recipe import add_device_flag, add_network_flags
 from run import read_log
 from segment import attend, keep_mass
@@ -237,9 +236,7 @@ def main(args):
         redraw_curves(log, args.output)
         return
     check(args)
-    loaded = load_backbone(args.checkpoint, args.network, args.heads)
-    backbone = require_vit(loaded.backbone, args.checkpoint).to(usable_device(args.device))
-    say(loaded.description)
+    backbone = load_vit(args)
     written = set()
     for source in args.images:
         draw_source(backbone, source, args, written)

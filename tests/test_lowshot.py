@@ -9,6 +9,7 @@ from PIL import Image
 
 import evaluate
 from backbone import build_backbone
+from features import center_crop
 from lowshot import TOLERANCE, accuracy, draw, logistic_regression
 from shapes import LENGTHS
 
@@ -102,7 +103,7 @@ def test_predict_says_what_the_linear_classifier_says(folder, checkpoint, capsys
         pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
     backbone = build_backbone("vit_micro", 8, 16).eval()
     backbone.load_state_dict(torch.load(checkpoint))
-    view = evaluate.center_crop(pixels, 16)[None].float() / 255
+    view = center_crop(pixels, 16)[None].float() / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     tokens = backbone.tokens((view - mean[:, None, None]) / std[:, None, None])[0, 0]
     feature = torch.cat([tokens[0], tokens[1:].mean(0)])

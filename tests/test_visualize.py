@@ -12,6 +12,7 @@ from PIL import Image, ImageSequence
 
 import film
 import pictures
+import protocol
 import segment
 import train
 import visualize
@@ -174,7 +175,7 @@ def test_a_film_keeps_its_length_its_times_and_what_moves(tmp_path, monkeypatch,
     else:
         more = dict(append_images=pictures[1:], duration=durations, lossless=True)
         pictures[0].save(source, save_all=True, **more)
-    monkeypatch.setattr(visualize, "load_backbone", lambda *args: Loaded(bright(), {}, "bright"))
+    monkeypatch.setattr(protocol, "load_backbone", lambda *args: Loaded(bright(), {}, "bright"))
     drawn(["any", source, "--size", 32, "--mass", 0.5, "--fps", 5])
     with Image.open(tmp_path / "film_attention.gif") as gif:
         assert gif.n_frames == 8 and gif.size == (3 * 64, 32) and gif.info["loop"] == 0
