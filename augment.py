@@ -72,6 +72,9 @@ class MultiCrop:
         global_2 = View(global_size, global_scale, blur=0.1, solarize=0.2)
         local = View(local_size, local_scale, blur=0.5, solarize=0.0)
         self.views = [global_1, global_2] + [local] * local_crops
+        # What an image must have for no crop to be enlarged: a short side, and the root of its area
+        roots = [view.size / math.sqrt(3 / 4 * view.scale[0]) for view in self.views]
+        self.least = max(view.size for view in self.views), max(roots)
 
     def __call__(self, image, rng: Random):
         crops, parameters = [], []
@@ -156,8 +159,8 @@ def gaussian_blur(x, sigma, radius=6):
     """
     radius = min(radius, x.shape[2] - 1, x.shape[3] - 1)
     r = torch.arange(-radius, radius + 1, device=x.device)
-    taps = (-0.5 * (r / sigma[:, None]) ** 2).exp()
-    taps = repeat(taps / taps.sum(-1, keepdim=True), "b r -> (b c) 1 r", c=3)
+    taps = torch.softmax(-0.5 * (r / sigma[:, None]) ** 2, -1)
+    taps = repeat(taps, "b r -> (b c) 1 r", c=3)
     x = F.pad(x, (radius, radius, radius, radius), mode="reflect")
     x = rearrange(x, "b c h w -> 1 (b c) h w")  # each channel a group of its own
     x = F.conv2d(x, rearrange(taps, "g 1 r -> g 1 r 1"), groups=len(taps))

@@ -8,6 +8,7 @@ Samples turns images into crops, and Order says which images make up each batch.
 what they give follows from (seed, epoch, sample) and (seed, step), so resuming needs no memory.
 """
 
+import copy
 import hashlib
 import os
 from collections import Counter
@@ -40,6 +41,8 @@ class Folder:
     else a user should know of the folder, or None. ValueError: there is no image.
     """
 
+    least = None  # see decoded_to()
+
     def __init__(self, root):
         self.root = Path(root)
         others = Counter()
@@ -67,7 +70,7 @@ class Folder:
         return len(self.paths)
 
     def __getitem__(self, i):
-        return read_image(self.root / self.paths[i])
+        return read_image(self.root / self.paths[i], self.least)
 
     def name(self, i):
         return str(self.root / self.paths[i])
@@ -87,7 +90,7 @@ class Folder:
 class Files:
     """The images at some paths."""
 
-    labels = classes = note = None
+    labels = classes = note = least = None
 
     def __init__(self, paths):
         self.paths = paths
@@ -96,10 +99,21 @@ class Files:
         return len(self.paths)
 
     def __getitem__(self, i):
-        return read_image(self.paths[i])
+        return read_image(self.paths[i], self.least)
 
     def name(self, i):
         return str(self.paths[i])
+
+
+def decoded_to(images, least):
+    """Return images whose JPEGs are decoded no larger than they must be: decode.read_image()'s least.
+
+    Only a folder's can be; others are returned as they are.
+    """
+    if isinstance(images, (Folder, Files)):
+        images = copy.copy(images)
+        images.least = least
+    return images
 
 
 def image_paths(root, others):

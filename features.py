@@ -24,7 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from augment import normalize, random_resized_crop, resize
 from backbone import architecture, trained_at
 from checkpoint import load_checkpoint
-from data import Folder
+from data import Folder, decoded_to
 from distributed import agree, autocast, combine
 from files import write_whole
 from terminal import first_process, progress, say
@@ -138,7 +138,9 @@ class Crops(Dataset):
     """
 
     def __init__(self, images, indices, size, seed=None, fit=center_crop):
-        self.images, self.indices, self.size = images, indices, size
+        short = 2 * size * 256 // 224  # with room, so that the features hardly change
+        least = (size, 2 * size / 0.08**0.5) if seed is not None else (short, short)
+        self.images, self.indices, self.size = decoded_to(images, least), indices, size
         self.seed, self.fit = seed, fit
 
     def __getitem__(self, key):

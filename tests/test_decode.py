@@ -2,14 +2,17 @@
 
 import struct
 import zlib
+from random import Random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin, features
 
-from data import Folder, are_constant
-from decode import read_image, suffixes
+from augment import MultiCrop, random_box, resize
+from data import Folder, are_constant, decoded_to
+from decode import largest_part, read_image, suffixes
+from features import Crops, center_crop
 
 
 def picture():
@@ -114,3 +117,62 @@ def test_images_of_one_colour_throughout_are_noticed(tmp_path):
     assert are_constant(Folder(tmp_path))
     picture().save(tmp_path / "3.png")
     assert not are_constant(Folder(tmp_path))
+
+
+def smooth_jpeg(path, height, width, **how):
+    """Write a JPEG of soft random colours."""
+    noise = np.random.default_rng(0).integers(0, 256, (height // 40, width // 40, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    image.save(path, quality=95, **how)
+
+
+def test_a_jpeg_is_decoded_smaller_but_never_below_what_is_asked_for(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    smooth_jpeg(tmp_path / "a.jpg", 400, 600, exif=exif)
+    full = read_image(tmp_path / "a.jpg")
+    assert full.shape == (3, 600, 400)
+    root = 240_000**0.5
+    for least, part in [((400, root), 1), ((200.5, 1), 1), ((200, 1), 2), ((100, 100), 4),
+                        ((1, root / 8), 8), ((1, root / 3.9), 2), ((50, 1), 8), ((1, 1), 8)]:  # fmt: skip
+        image = read_image(tmp_path / "a.jpg", least)
+        assert image.shape == (3, 600 // part, 400 // part), least
+        means = torch.nn.functional.avg_pool2d(full.float(), part)
+        assert (image - means).abs().mean() < 1.5, least
+    Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", (1, 1)).shape == (3, 400, 600)
+
+
+def test_crops_of_a_jpeg_decoded_smaller_are_those_of_the_whole(tmp_path):
+    smooth_jpeg(tmp_path / "a.jpg", 1500, 2000)
+    crop = MultiCrop()
+    whole, small = read_image(tmp_path / "a.jpg"), read_image(tmp_path / "a.jpg", crop.least)
+    assert small.shape == (3, 750, 1000)
+    for top, left, height, width in [(0, 0, 1500, 2000), (400, 1000, 600, 500), (900, 2, 388, 388)]:
+        full = resize(whole[:, top : top + height, left : left + width], 96, 96)
+        top, left, height, width = (side // 2 for side in (top, left, height, width))
+        half = resize(small[:, top : top + height, left : left + width], 96, 96)
+        assert (full.float() - half).abs().mean() < 1.5
+
+
+@pytest.mark.parametrize("height, width", [(375, 500), (3000, 4000), (200, 2000), (90, 90)])
+def test_no_crop_is_enlarged_that_was_not_so_already(height, width):
+    crop = MultiCrop()
+    part = largest_part(height, width, crop.least)
+    rng = Random(0)
+    for view in crop.views:
+        for _ in range(500):
+            _, _, h, w = random_box(-(-height // part), -(-width // part), view.scale, rng)
+            assert part == 1 or min(h, w) >= view.size
+    assert part == {3000: 4}.get(height, 1)
+
+
+def test_a_folder_decodes_smaller_for_those_who_ask_alone(tmp_path):
+    smooth_jpeg(tmp_path / "a.jpg", 800, 1000)
+    images = Folder(tmp_path)
+    assert decoded_to(images, (100, 100))[0].shape == (3, 100, 125)
+    assert images[0].shape == (3, 800, 1000)
+    crops = Crops(images, [0], 80)  # 800 is more than 4 x 2 x 91
+    assert crops.images[0].shape == (3, 200, 250)
+    _, crop = crops[0, 0]
+    assert (crop.float() - center_crop(images[0], 80)).abs().mean() < 1.5
