@@ -159,8 +159,8 @@ def gaussian_blur(x, sigma, radius=6):
     """
     radius = min(radius, x.shape[2] - 1, x.shape[3] - 1)
     r = torch.arange(-radius, radius + 1, device=x.device)
-    taps = torch.softmax(-0.5 * (r / sigma[:, None]) ** 2, -1)
-    taps = repeat(taps, "b r -> (b c) 1 r", c=3)
+    taps = (-0.5 * (r / sigma[:, None]) ** 2).exp()
+    taps = repeat(taps / taps.sum(-1, keepdim=True), "b r -> (b c) 1 r", c=3)
     x = F.pad(x, (radius, radius, radius, radius), mode="reflect")
     x = rearrange(x, "b c h w -> 1 (b c) h w")  # each channel a group of its own
     x = F.conv2d(x, rearrange(taps, "g 1 r -> g 1 r 1"), groups=len(taps))
