@@ -16,6 +16,7 @@ from augment import resize
 from files import write_whole
 
 OUTLINE = torch.tensor([86, 180, 233], dtype=torch.uint8)
+BLUE, ORANGE = "#0072b2", "#d55e00"  # the colour-blind tell them apart
 COLORS = torch.tensor(matplotlib.colormaps["inferno"](range(256)))[:, :3].float() * 255
 
 
@@ -95,3 +96,31 @@ def draw_panels(rows, path, note):
             axis.set_title(title, fontsize=8, pad=3)
     figure.supxlabel(note, fontsize=8, wrap=True)
     save_figure(figure, path, pil_kwargs={"optimize": True})
+
+
+def draw_curve(axis, lines, title, curves, levels=()):
+    """Draw values of the log over epochs. curves: {its name: label}; levels: {label: value}."""
+    for (name, label), color in zip(curves.items(), (BLUE, ORANGE)):
+        known = [line for line in lines if name in line]
+        epochs, values = [line["epoch"] for line in known], [line[name] for line in known]
+        marker = "." if len(known) < 20 else None
+        axis.plot(epochs, values, color=color, label=label, marker=marker)
+    for label in levels:
+        level, place = levels[label], axis.get_yaxis_transform()
+        axis.axhline(level, color="gray", linestyle=":")
+        beside = "bottom" if level else "top"
+        axis.text(1, level, label, transform=place, ha="right", va=beside, fontsize=8)
+    if len(curves) > 1:
+        axis.legend(
+            frameon=False,
+            fontsize=8,
+            ncols=2,
+            loc="upper left",
+            borderaxespad=0,
+            handlelength=1,
+            columnspacing=1,
+        )
+    axis.margins(y=0.3 if len(curves) > 1 else 0.15)  # room for the labels
+    axis.set_title(title, fontsize=10)
+    axis.ticklabel_format(useOffset=False)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -3,6 +3,7 @@
     python visualize.py ckpt.pth img.jpg       img_attention.png; also several images, or folders
     python visualize.py ckpt.pth film.gif      film_attention.gif; also a folder, with --fps
     python visualize.py runs/laptop            curves.png, from the run's log
+    python visualize.py crops img.jpg          what happens in training: explain.py
 
 A picture shows the image, each head's map, their mean, and the patches that hold most of the mean.
 An image is shown to the network at 480 / 224 of the size it was trained at (480 for the paper's);
@@ -14,6 +15,7 @@ uint8 [h, w, 3].
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -22,17 +24,17 @@ from einops import rearrange
 from matplotlib.figure import Figure
 from PIL import Image
 
+import explain
 from augment import resize
 from checkpoint import RELEASED
 from film import Film, is_film, stills, write_gif
-from pictures import cut_out, draw_panels, overlay, save_figure, shown, upsample
+from pictures import cut_out, draw_curve, draw_panels, overlay, save_figure, shown, upsample
 from protocol import load_vit
 from recipe import add_device_flag, add_network_flags
 from run import read_log
 from segment import attend, keep_mass
 from terminal import progress, run_command, say
 
-BLUE, ORANGE = "#0072b2", "#d55e00"  # the colour-blind tell them apart
 NOTE = (
     "attention of the class token in the last block, dark to bright: "
     "from 0 to the largest value of each map"
@@ -102,34 +104,6 @@ def draw_curves(lines, path, out_dim):
     save_figure(figure, path)
 
 
-def draw_curve(axis, lines, title, curves, levels=()):
-    """Draw values of the log over epochs. curves: {its name: label}; levels: {label: value}."""
-    for (name, label), color in zip(curves.items(), (BLUE, ORANGE)):
-        known = [line for line in lines if name in line]
-        epochs, values = [line["epoch"] for line in known], [line[name] for line in known]
-        marker = "." if len(known) < 20 else None
-        axis.plot(epochs, values, color=color, label=label, marker=marker)
-    for label in levels:
-        level, place = levels[label], axis.get_yaxis_transform()
-        axis.axhline(level, color="gray", linestyle=":")
-        beside = "bottom" if level else "top"
-        axis.text(1, level, label, transform=place, ha="right", va=beside, fontsize=8)
-    if len(curves) > 1:
-        axis.legend(
-            frameon=False,
-            fontsize=8,
-            ncols=2,
-            loc="upper left",
-            borderaxespad=0,
-            handlelength=1,
-            columnspacing=1,
-        )
-    axis.margins(y=0.3 if len(curves) > 1 else 0.15)  # room for the labels
-    axis.set_title(title, fontsize=10)
-    axis.ticklabel_format(useOffset=False)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
 def side_by_side(backbone, film, short=None, mass=0.6, smooth=False):
     """Yield (PIL image, milliseconds): each frame, its mean map and its mask beside one another.
 
@@ -149,6 +123,9 @@ def side_by_side(backbone, film, short=None, mass=0.6, smooth=False):
 
 
 def parse_args(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in explain.KINDS:
+        return explain.parse_args(argv)
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
@@ -229,6 +206,9 @@ def draw_source(backbone, source, args, written):
 
 
 def main(args):
+    if "kind" in args:
+        explain.main(args)
+        return
     log = Path(args.checkpoint, "log.jsonl")
     if log.is_file() and args.images:
         raise ValueError(f"to draw attention name the run's checkpoint, {log.parent / 'last.pth'}")
