@@ -1,4 +1,4 @@
-"""Multi-crop and its augmentations (sections 3.1 and 3.2, "Implementation details").
+"""Multi-crop and its augmentations (3.1 and 3.2, "Implementation details"; tour, stop 4).
 
     MultiCrop     geometry, image by image in the loader's workers, on uint8: crop, resize, flip
     photometry    the rest, a batch at a time on the training device: colour jitter, grey, blur,

@@ -106,9 +106,9 @@ class Files:
 
 
 def decoded_to(images, least):
-    """Return images whose JPEGs are decoded no larger than they must be: decode.read_image()'s least.
+    """Return the images, JPEGs decoded as small as `least` allows: see decode.read_image().
 
-    Only a folder's can be; others are returned as they are.
+    That goes for a folder's; others are returned as they are.
     """
     if isinstance(images, (Folder, Files)):
         images = copy.copy(images)

@@ -1,4 +1,4 @@
-"""What frozen features are worth (3.2, "Evaluation protocols", and 4.1): k-NN and a linear probe.
+"""What frozen features are worth: k-NN, linear probe (3.2, 4.1; docs/tour.md, stop 8).
 
     python evaluate.py knn    runs/laptop/last.pth       data: what the checkpoint was trained on
     python evaluate.py linear runs/laptop/last.pth       the paper's protocol, on random crops

@@ -1,4 +1,4 @@
-"""The projection head h (section 3.1, "Network architecture").
+"""The projection head h (section 3.1, "Network architecture"; tour, stop 3).
 
 Features [b, d] -> logits [b, k]: a three-layer MLP with GELU, l2 normalisation in a bottleneck, and
 a weight-normalised linear layer without bias. Each logit is thus g times the cosine between the

@@ -1,4 +1,4 @@
-"""The loss: cross-entropy between views, with the teacher centred and sharpened (3.1, Eq. 1-4).
+"""The loss: cross-entropy between views, teacher centred and sharpened (Eq. 1-4; tour, stop 5).
 
 Student logits [v, b, k] and teacher logits [t, b, k] come in; the teacher sees the first t = 2 of
 the v views. Everything is float32, whatever the precision of the networks. Eq. 3 is a sum over

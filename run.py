@@ -2,6 +2,7 @@
 
 Rank 0 alone writes it, each file beside its place and then moved there, so that a kill or a full
 disk at any moment leaves the one before. A run goes on from last.pth as if nothing had happened.
+Its watch for collapse is stop 10 of docs/tour.md.
 """
 
 import json

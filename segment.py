@@ -1,4 +1,4 @@
-"""What the features know of objects: attention as masks, labels carried along (section 4.2.2).
+"""What the features know of objects: attention as masks, labels in a film (4.2.2; tour, stop 9).
 
     python segment.py masks runs/laptop/last.pth         shapes: what the checkpoint was trained on
     python segment.py masks CKPT --data voc2012          a folder like VOC's, or with alpha, --masks

@@ -1,4 +1,4 @@
-"""Self-distillation with no labels: Algorithm 1 of the paper.
+"""Self-distillation with no labels: Algorithm 1 of the paper (docs/tour.md, stops 1 and 6).
 
     python train.py                                 built-in images, any machine, minutes
     python train.py --data path/to/images           any folder of images

@@ -1,4 +1,4 @@
-"""The Vision Transformer f (section 3.2, "Vision Transformer", and Table 1).
+"""The Vision Transformer f (section 3.2, "Vision Transformer", and Table 1; tour, stops 2 and 11).
 
     images [b, 3, h, w]                     h and w are multiples of the patch's side p
       -> patches [b, n, 3 p p] -> linear    n = (h / p) (w / p)

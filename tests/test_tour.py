@@ -1,0 +1,95 @@
+"""docs/tour.md: its commands run, its Python prints what it says, what it names is there."""
+
+import ast
+import contextlib
+import importlib
+import io
+import re
+import shlex
+
+import pytest
+import torch
+from PIL import Image
+
+import report
+import shapes
+from conftest import ROOT, TINY, command_here
+
+TOUR = (ROOT / "docs" / "tour.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TOUR, re.S)  # (language, content), ...
+COMMANDS = [
+    line
+    for language, block in BLOCKS
+    if not language
+    for line in block.splitlines()
+    if line.startswith("python ")
+]
+STOPS = re.split(r"^## (?=\d)", TOUR, flags=re.M)[1:]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with what the commands name; of the built-in images there are few."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shapes, "LENGTHS", {"train": 200, "val": 100})
+    monkeypatch.setattr(report, "MASKS", 2)
+    Image.effect_noise((40, 30), 90).save("img.jpg")
+    status, lines = command_here("train.py", *TINY, "--steps", "1", "--output", "runs/laptop")
+    assert status == 0, lines
+    status, lines = command_here("shapes.py", "my_images")
+    assert status == 0, lines
+
+
+def test_every_command_runs(place):
+    assert len(COMMANDS) > 12
+    for command in COMMANDS:
+        _, file, *flags = shlex.split(command)
+        if file == "train.py":  # one step of the real thing, in a folder of its own
+            if "--steps" in flags:
+                flags[flags.index("--steps") + 1] = "1"
+            flags += ["--steps", "1", "--knn_every", "0", "--overwrite"]
+        if file == "shapes.py":
+            flags = ["again"]
+        status, lines = command_here(file, *flags)
+        assert status == 0, (command, lines)
+
+
+def python_blocks():
+    """(code, what it prints) of each block of Python."""
+    for (language, code), (after, printed) in zip(BLOCKS, BLOCKS[1:]):
+        if language == "python":
+            assert after == "text", code
+            yield code, printed
+
+
+@pytest.mark.parametrize("code, printed", list(python_blocks()))
+def test_python_prints_what_the_tour_says(code, printed):
+    with contextlib.redirect_stdout(io.StringIO()) as out, torch.random.fork_rng():
+        exec(code, {})
+    number = r"-?\d+\.?\d*"
+    got = out.getvalue()
+    assert re.sub(number, "#", got) == re.sub(number, "#", printed)
+    got, expected = ([float(n) for n in re.findall(number, text)] for text in (got, printed))
+    assert got == pytest.approx(expected, abs=0.021)
+
+
+def test_what_the_tour_names_is_there():
+    names = re.findall(r"`(\w+)\.py:([\w.]+)`", TOUR)
+    assert len(names) > 15
+    for module, name in names:
+        found = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    for link in re.findall(r"\]\((?!http)([^)#]+)", TOUR):
+        assert (ROOT / "docs" / link).exists(), link
+
+
+def test_each_stop_is_named_by_a_file_that_it_opens():
+    assert [int(stop.split(".")[0]) for stop in STOPS] == list(range(1, 13))
+    for number, stop in enumerate(STOPS, 1):
+        named = set()
+        for module in re.findall(r"`(\w+)\.py[:`]", stop):
+            text = ast.get_docstring(ast.parse((ROOT / f"{module}.py").read_text()))
+            for numbers in re.findall(r"stops? (\d+)(?: and (\d+))?", text):
+                named.update(numbers)
+        assert str(number) in named, stop[:40]
