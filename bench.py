@@ -1,6 +1,6 @@
 """How fast each part is, and how much memory it takes, beside a plain textbook version.
 
-    python bench.py [--quick]
+    python bench.py [--quick] [--data FOLDER]
 
 The textbook is multi-crop in PIL, image by image; a ViT with explicit attention and all tokens
 through its last block; the loss pair by pair; and clipping, AdamW and EMA as loops over the
@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from augment import MultiCrop
-from data import Order, Samples, load_views, views_on
+from data import Folder, Order, Samples, load_views, views_on
 from decode import read_image
 from distributed import amp_dtype, autocast, usable_device
 from evaluate import knn
@@ -74,38 +74,63 @@ def textbook_step(state, forward, batches, schedule, args, precision):
     student, teacher, optimizer = state.student, state.teacher, state.optimizer
     textbook.update(student, teacher, optimizer, args.clip, schedule.momentum)
     state.optimizer.zero_grad()
-    update_center(state.center, batch_center(t), schedule.center_momentum)
+    update_center(state.center, batch_center(t), args.center_momentum)
 
 
 # ---- what is compared: a part(plain, device, ...) sets the textbook's version up, or ours, and
 # returns a function that runs it once ----
 
 
-def read_and_crop(plain, device, images, with_photometry):
-    """Read, crop and collate JPEGs of ImageNet's average size, as a loader's worker does.
+def read_and_crop(plain, device, jpegs, until):
+    """Read JPEGs, crop and collate them, as a loader's worker does; until: "decode", "crop", "end".
 
-    Our photometry follows, a batch at a time; the textbook's is always there, image by image.
+    In the end stands our photometry, a batch at a time; the textbook's crops have theirs already.
     """
-    file = io.BytesIO()
-    noise = Image.merge("RGB", [Image.effect_noise((60, 45), 90) for _ in range(3)])
-    noise.resize((500, 375), Image.BICUBIC).save(file, "JPEG", quality=90)
     crop = MultiCrop()
     textbook_crop = textbook.multi_crop()
 
     def run():
         samples = []
-        for i in range(images):
-            jpeg = io.BytesIO(file.getvalue())
+        for i, content in enumerate(jpegs):
             if plain:
-                image = Image.open(jpeg).convert("RGB")
-                samples.append(textbook_crop(image))
+                image = Image.open(io.BytesIO(content)).convert("RGB")
+                sample = image if until == "decode" else textbook_crop(image)
             else:
-                samples.append(crop(read_image(jpeg), random.Random(i)))
-        batch = default_collate(samples)
-        if with_photometry and not plain:
+                image = read_image(io.BytesIO(content), crop.least)
+                sample = image if until == "decode" else crop(image, random.Random(i))
+            samples.append(sample)
+        batch = samples if until == "decode" else default_collate(samples)
+        if until == "end" and not plain:
             views_on(device, batch)
 
     return run
+
+
+def draw_jpegs(count, width, height):
+    """Return JPEGs, as bytes: noise of three scales, of sizes about this one and many qualities."""
+    rng, contents = random.Random(0), []
+    for _ in range(count):
+        factor = rng.uniform(0.7, 1.4)
+        size = round(width * factor), round(height / factor)
+        image = Image.new("RGB", size, "gray")
+        for cell, share in ((60, 0.9), (10, 0.5), (2, 0.2)):
+            cells = torch.randint(256, (size[1] // cell, size[0] // cell, 3), dtype=torch.uint8)
+            layer = Image.fromarray(cells.numpy()).resize(size, Image.BICUBIC)
+            image = Image.blend(image, layer, share)
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=rng.randint(75, 95))
+        contents.append(file.getvalue())
+    return contents
+
+
+def jpegs_of(folder, count):
+    """Return so many of a folder's JPEGs, as bytes, spread evenly. ValueError: there is none."""
+    images = Folder(folder)
+    names = [name for name in images.paths if name.lower().endswith((".jpg", ".jpeg"))]
+    if not names:
+        raise ValueError(f"no JPEGs below {folder!r}")
+    names = names[:: max(1, len(names) // count)][:count]
+    return [(images.root / name).read_bytes() for name in names]
 
 
 def build_state(plain, device, args):
@@ -295,6 +320,21 @@ def paper_args(arch, batch):
     return train.parse_args(["--arch", arch, "--out_dim", str(out_dim), "--batch", str(batch)])
 
 
+def compare_workers(device, data, turns, quick):
+    """Print the rows of a loader's worker, for photographs of ImageNet's size and of a camera's."""
+    images = 8 if quick else 32
+    jpegs = jpegs_of(data, images) if data else draw_jpegs(images, 500, 375)
+    rows = {
+        "a worker's half: decode, crop, collate; 1 thread": (jpegs, "crop"),
+        "  of it, decoding": (jpegs, "decode"),
+        "  with photometry": (jpegs, "end"),
+    }
+    if not data and not quick:
+        rows["  without, JPEGs of 12 megapixels"] = draw_jpegs(4, 4000, 3000), "crop"
+    for name, (jpegs, until) in rows.items():
+        compare(name, read_and_crop, len(jpegs), (device, jpegs, until), turns)
+
+
 def compare_steps(device, batch, turns, quick, rate):
     """Print the rows of a step's parts and of whole steps."""
     arch = "vit_tiny" if quick else "vit_small"
@@ -320,6 +360,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--quick", action="store_true",
                         help="smaller sizes, fewer turns: a minute on two cores")  # fmt: skip
+    parser.add_argument("--data", help="a folder whose JPEGs are read (default: drawn ones)")
     add_device_flag(parser)
     return parser.parse_args(argv)
 
@@ -341,10 +382,7 @@ def main(args):
     say(f"{'part':48} {columns}")
 
     torch.set_num_threads(1)  # a loader's process has one
-    images = 8 if quick else 32
-    name = "a worker's half: decode, crop, collate; 1 thread"
-    compare(name, read_and_crop, images, (device, images, False), turns)
-    compare("  with photometry; 1 thread", read_and_crop, images, (device, images, True), turns)
+    compare_workers(device, args.data, turns, quick)
     torch.set_num_threads(threads)
 
     compare_steps(device, batch, turns, quick, rate)
