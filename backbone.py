@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 import torchvision
+from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -29,6 +30,15 @@ def build_backbone(arch, patch, image_size, drop_path=0.0):
         names = ", ".join(ARCHITECTURES)
         raise ValueError(f"unknown architecture {arch!r}: choose from {names}, resnet50")
     return ViT(patch, image_size=image_size, drop_path=drop_path, **ARCHITECTURES[arch])
+
+
+class RawPixels(nn.Module):
+    """What needs no network: the pixels themselves, [b, 3, h, w] -> [b, 3 h w]."""
+
+    dim, image_size = 3 * 32 * 32, 32
+
+    def forward(self, images):
+        return rearrange(images, "b c h w -> b (c h w)")
 
 
 def trained_at(backbone):

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from PIL import Image, ImageFilter, ImageOps
-from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
+from backbone import RawPixels
 from data import Files, Folder, load
 from decode import to_tensor
 from distributed import in_turn
@@ -75,15 +74,6 @@ class Copies:
 
     def name(self, i):
         return f"{self.images.name(i)}, {self.change.__name__}"
-
-
-class RawPixels(nn.Module):
-    """What needs no network: the pixels themselves, [b, 3, h, w] -> [b, 3 h w]."""
-
-    dim, image_size = 3 * 32 * 32, 32
-
-    def forward(self, images):
-        return rearrange(images, "b c h w -> b (c h w)")
 
 
 # ---- the benchmark ----

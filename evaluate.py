@@ -27,7 +27,7 @@ from einops import einsum, rearrange, repeat
 from torch import nn
 from torch.utils.data import DataLoader
 
-from backbone import trained_at
+from backbone import RawPixels, trained_at
 from checkpoint import load_backbone, load_checkpoint
 from data import Order, load_labelled
 from distributed import in_turn, usable_device
@@ -94,6 +94,20 @@ def knn_of(backbone, train, val, how, ks=(10, 20, 100, 200), limits=(None, None)
     return knn(bank, bank_labels, queries, labels, ks), (len(bank), len(queries))
 
 
+def knn_of_pixels(train, val, how, ks):
+    """Return what a network must beat: {name: k-NN accuracy} of central crops of 32 x 32 pixels.
+
+    pixels: as they are; centred: with their mean over the training images taken off.
+    """
+    how = replace(how, size=None, cache=None)
+    bank, bank_labels = labelled_features(RawPixels(), train, how)
+    queries, labels = labelled_features(RawPixels(), val, how) if val else (bank, bank_labels)
+    columns = {}
+    for name, mean in {"pixels": 0, "centred": bank.mean(0)}.items():
+        columns[name] = knn(bank - mean, bank_labels, queries - mean, labels, ks, alone=not val)
+    return columns
+
+
 def evaluate_knn(args, subject):
     """The k-NN protocol: print its table, and return its figures."""
     train, val = in_turn(lambda: load_labelled(subject.data))
@@ -110,19 +124,16 @@ def evaluate_knn(args, subject):
         f"{subject.data}: {queries} queries against {voters} images, {len(train.classes)} classes; "
         f"chance {chance:.1f} %, always the commonest class {commonest:.1f} %"
     )
-    columns = {name: result[0] for name, result in results.items()}
-    say(f"{'k':>5}  {'top-1 %':>8}" + ("  untrained %" if len(columns) > 1 else ""))
+    columns = {name: result[0] for name, result in results.items() if name != "trained"}
+    if args.pixels:
+        columns |= knn_of_pixels(train, val, how, args.k)
+    say(f"{'k':>5}  {'top-1 %':>8}" + "".join(f"  {name + ' %':>11}" for name in columns))
     for k in args.k:
-        line = f"{k:5}  {top1[k]:8.1f}"
-        if len(columns) > 1:
-            line += f"  {columns['untrained'][k]:11.1f}"
+        line = f"{k:5}  {top1[k]:8.1f}" + "".join(f"  {col[k]:11.1f}" for col in columns.values())
         if k > voters:
             line += f"  (all {voters} images)"
         say(line)
-    figures = {"bank": voters, "queries": queries, "top1": top1}
-    if len(columns) > 1:
-        figures["untrained"] = columns["untrained"]
-    return figures
+    return {"bank": voters, "queries": queries, "top1": top1, **columns}
 
 
 # ---- linear probe ----
@@ -324,6 +335,7 @@ def parse_args(argv=None):
     add = add_evaluation(commands, "knn", "weighted k-NN")
     add("--k", type=int, nargs="+", default=[10, 20, 100, 200],
         help="neighbours (the paper's: 10 20 100 200, 20 is best)")  # fmt: skip
+    add("--pixels", action="store_true", help="k-NN on the pixels themselves beside it")
 
     add = add_evaluation(commands, "linear", "a linear classifier on frozen features")
     add("--cached", action="store_true", help="train on features extracted once, in seconds; not "

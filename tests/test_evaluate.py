@@ -20,7 +20,7 @@ import segment
 from augment import normalize
 from backbone import architecture, build_backbone, resnet50
 from data import Order, load_labelled
-from evaluate import fit_heads, knn, knn_of, score
+from evaluate import fit_heads, knn, knn_of, knn_of_pixels, score
 from features import (
     Crops,
     Extraction,
@@ -85,6 +85,31 @@ def test_of_classes_with_as_many_votes_the_lower_is_taken(classes):
     assert got[60] == pytest.approx(loop(bank, bank_labels, queries, labels, 60))
     got = knn(bank, bank_labels, bank, bank_labels, (60,), alone=True)
     assert got[60] == pytest.approx(loop(bank, bank_labels, bank, bank_labels, 60, True))
+
+
+def test_knn_of_pixels_is_that_of_small_crops_as_they_are_and_centred():
+    train, val = Shapes("train", 60), Shapes("val", 30)
+    columns = knn_of_pixels(train, val, PLAIN, (5,))
+    rows = []
+    for images in (train, val):
+        crops = [normalize(center_crop(image, 32)[None] / 255)[0] for image in images_of(images)]
+        rows.append(torch.stack(crops).flatten(1).double())
+    for name, mean in (("pixels", 0), ("centred", rows[0].mean(0))):
+        bank, queries = (F.normalize(x - mean, dim=-1) for x in rows)
+        right = 0
+        for query, label in zip(queries, val.labels):
+            value, nearest = (bank @ query).topk(5)
+            votes = torch.zeros(10).double()
+            for cosine, i in zip(value, nearest):
+                votes[train.labels[i]] += (cosine / 0.07).exp()
+            right += votes.argmax().item() == label
+        assert columns[name][5] == pytest.approx(100 * right / 30)
+    alone = knn_of_pixels(train, None, PLAIN, (1,))
+    assert alone["pixels"][1] < 50  # none votes for itself
+
+
+def images_of(images):
+    return [images[i] for i in range(len(images))]
 
 
 def test_knn_in_many_chunks_and_with_few_images():
@@ -332,7 +357,8 @@ def test_each_protocol_prints_a_table_and_adds_a_line(folder, checkpoint, capsys
 def test_without_a_held_out_split_each_image_meets_the_others(folder, checkpoint, tmp_path, capsys):
     elsewhere = tmp_path / "elsewhere"
     flags = "--data", folder / "val", "--k", 11, 12, "--output", elsewhere
-    table = run(capsys, "knn", checkpoint, *flags)
+    table = run(capsys, "knn", checkpoint, *flags, "--pixels")
+    assert table[2].split() == ["k", "top-1", "%", "untrained", "%", "pixels", "%", "centred", "%"]
     assert "12 queries against 11 images" in table[1]
     assert table[-1].endswith("(all 11 images)") and not table[-2].endswith(")")
     assert (elsewhere / "evaluate.jsonl").exists()
