@@ -107,7 +107,8 @@ def draw_targets(logits, center, student_temp, teacher_temp, path):
     for axis, (title, (c, temperature)) in zip(figure.subplots(1, 4, sharey=True), cases.items()):
         p = teacher_probabilities(logits, c, temperature)
         each, mean = entropies(logits, c, temperature).tolist()
-        axis.imshow(p[0][rows][:, columns].numpy(), aspect="auto", interpolation="nearest")
+        part = p[0][rows][:, columns].numpy()
+        axis.imshow(part, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axis.set_title(f"{title}\nentropy {each:.2f}, of the mean {mean:.2f}", fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])

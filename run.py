@@ -245,7 +245,8 @@ class Run:
         """
         uniform = math.log(self.args.out_dim)
         if entropy > 0.99 * uniform and kl < 0.01 * uniform:
-            kind, remedy = "uniform", "lower --teacher_temp, or raise --lr"
+            kind = "uniform"
+            remedy = "lower --teacher_temp and --warmup_teacher_temp, or raise --lr"
         elif mean_entropy < 0.01 * uniform:
             kind = "one-dimensional"
             remedy = "raise --teacher_temp, lower --lr, or check that --center_momentum is below 1"
