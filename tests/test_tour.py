@@ -40,7 +40,7 @@ def place(tmp_path, monkeypatch):
 
 
 def test_every_command_runs(place):
-    assert len(COMMANDS) > 12 and len(TRIED) >= 5
+    assert len(COMMANDS) > 12 and len(TRIED) >= 4
     for command in COMMANDS + TRIED:
         _, file, *flags = shlex.split(command)
         if file == "train.py":  # the first step alone
