@@ -72,7 +72,7 @@ class MultiCrop:
         global_2 = View(global_size, global_scale, blur=0.1, solarize=0.2)
         local = View(local_size, local_scale, blur=0.5, solarize=0.0)
         self.views = [global_1, global_2] + [local] * local_crops
-        # What an image must have for no crop to be enlarged: a short side, and the root of its area
+        # The short side and root of the area below which a crop of the image would be enlarged.
         roots = [view.size / math.sqrt(3 / 4 * view.scale[0]) for view in self.views]
         self.least = max(view.size for view in self.views), max(roots)
 

@@ -41,7 +41,7 @@ class Folder:
     else a user should know of the folder, or None. ValueError: there is no image.
     """
 
-    least = None  # see decoded_to()
+    least = None  # see reduced()
 
     def __init__(self, root):
         self.root = Path(root)
@@ -105,10 +105,10 @@ class Files:
         return str(self.paths[i])
 
 
-def decoded_to(images, least):
-    """Return the images, JPEGs decoded as small as `least` allows: see decode.read_image().
+def reduced(images, least):
+    """Return the images with JPEGs reduced in decoding, as decode.read_image() does with `least`.
 
-    That goes for a folder's; others are returned as they are.
+    Images that are not files in a folder are returned as they are.
     """
     if isinstance(images, (Folder, Files)):
         images = copy.copy(images)

@@ -48,8 +48,8 @@ def suffixes():
 def read_image(file, least=None):
     """Read an image file (a path or a stream) into uint8 [3, h, w].
 
-    least: what must remain of a JPEG that is decoded at 1/2, 1/4 or 1/8, which is much faster, as
-    (its short side, the square root of its area), in pixels.
+    least: (short side, square root of the area), in pixels, below which no JPEG is reduced. It is
+    decoded at 1/2, 1/4 or 1/8 if that leaves as much, which is many times as fast. None: whole.
     OSError or another exception of Pillow's: it cannot be decoded, or is a decompression bomb.
     """
     with open_image(file, least) as image:
@@ -66,8 +66,8 @@ def open_image(file, least=None):
             image = Image.open(file)
             if least is not None:
                 w, h = image.size
-                part = largest_part(h, w, least)
-                image.draft(None, (w // part, h // part))  # of no effect but for a JPEG
+                by = divisor(h, w, least)
+                image.draft(None, (w // by, h // by))  # of no effect but for a JPEG
             image.load()
         except Exception:
             pixels = png_pixels(file)
@@ -79,11 +79,11 @@ def open_image(file, least=None):
         yield image
 
 
-def largest_part(height, width, least):
-    """Return by what a JPEG's sides may be divided in decoding: 8, 4, 2 or 1."""
+def divisor(height, width, least):
+    """Return by what a JPEG's sides are divided in decoding: 8, 4, 2 or 1."""
     short, root = least
-    spare = min(min(height, width) / short, math.sqrt(height * width) / root)
-    return next((part for part in (8, 4, 2) if part <= spare), 1)
+    most = min(min(height, width) / short, math.sqrt(height * width) / root)
+    return next((number for number in (8, 4, 2) if number <= most), 1)
 
 
 def png_pixels(file):

@@ -9,6 +9,7 @@
 """
 
 import argparse
+import sys
 from pathlib import Path
 from random import Random
 
@@ -17,18 +18,16 @@ from einops import rearrange
 from matplotlib.figure import Figure
 
 import recipe
-from augment import MEAN, STD, MultiCrop, normalize
-from backbone import trained_at
+from augment import MEAN, STD, MultiCrop
 from checkpoint import load_backbone, load_checkpoint
 from data import load, views_on
-from decode import read_image
-from features import center_crop
+from features import Extraction, extract
+from film import stills
 from head import DINOHead
 from loss import entropies, teacher_probabilities
 from pictures import draw_curve, draw_panels, save_figure, shown
-from terminal import say
+from terminal import run_command, say
 
-KINDS = ("crops", "schedules", "targets")
 BATCH = 64  # images whose targets are drawn
 OUTPUTS = 32  # of them, the likeliest are drawn
 
@@ -37,24 +36,26 @@ def draw_crops(image, crop, rng, path):
     """Draw the views of an image, uint8 [3, h, w]: as they are cut out, then as they are seen."""
     *groups, parameters = (part[None] for part in crop(image, rng))
     seen = views_on(torch.device("cpu"), [*groups, parameters])
-    names = [f"global {n + 1}" for n in range(2)]
-    names += [f"local {n + 1}" for n in range(len(crop.views) - 2)]
-    cut_out = [view for group in groups for view in group[0]]
+    names = ["global 1", "global 2"] + [f"local {n + 1}" for n in range(len(crop.views) - 2)]
     mean, std = (rearrange(torch.tensor(value), "c -> c 1 1") for value in (MEAN, STD))
-    seen = [(view * std + mean).mul(255).byte() for group in seen for view in group[:, 0]]
+    geometry = [view for group in groups for view in group[0]]
+    colored = []
+    for group in seen:
+        colored += [(255 * (view * std + mean)).round().byte() for view in group[:, 0]]
     rows = []
-    for views in (cut_out, seen):
+    for views in (geometry, colored):
         row = {"the image": rearrange(shown(image), "c h w -> h w c")}
         for name, view in zip(names, views):
             row[f"{name}, {view.shape[1]} px"] = rearrange(view, "c h w -> h w c")
         rows.append(row)
     draw_panels(rows, path, "above as they are cut out, below with colours, blur and solarisation")
+    say(f"-> {path}")
 
 
 def draw_schedules(args, path):
     """Draw the four schedules over the epochs; args: as recipe.parse_args() gives them."""
     lines, steps = [], 1000
-    for step in range(steps + 1):
+    for step in range(steps):
         epoch = step * args.epochs / steps
         schedule = recipe.schedules(epoch, args, steps_per_epoch=1, global_batch=256)
         lines.append({"epoch": epoch, **schedule._asdict()})
@@ -66,25 +67,28 @@ def draw_schedules(args, path):
     draw_curve(axes[3], lines, "temperature of the teacher", {"teacher_temp": None})
     figure.supxlabel("epoch", fontsize=10)
     save_figure(figure, path)
+    say(f"-> {path}")
 
 
-def teacher_logits(path, data, count):
-    """Return the teacher's logits [1, b, K] of central crops, with the checkpoint they are from."""
-    checkpoint = load_checkpoint(path)
-    if not {"teacher", "center", "args"} <= checkpoint.keys():
-        raise ValueError(f"{str(path)!r} has no head and no centre: name a run's last.pth")
-    backbone = load_backbone(path).backbone
+def teacher_logits(checkpoint, backbone, images, count):
+    """Return the teacher's logits [1, b, K] for the central crops of so many of the images.
+
+    checkpoint: a run's, from which the head is taken; backbone: the teacher's.
+    """
     prefix = "head."
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["teacher"].items() if prefix in k}
+    weights = {}
+    for name, value in checkpoint["teacher"].items():
+        if name.startswith(prefix):
+            weights[name.removeprefix(prefix)] = value
     sizes = [checkpoint["args"][name] for name in ("out_dim", "hidden_dim", "bottleneck_dim")]
     head = DINOHead(backbone.dim, *sizes)
     head.load_state_dict(weights)
-    data = data or checkpoint["args"]["data"]
-    images = load(data, "val") or load(data, "train")
-    chosen = range(0, len(images), max(1, len(images) // count))[:count]
-    crops = torch.stack([center_crop(images[i], trained_at(backbone)) for i in chosen])
+    count = min(count, len(images))
+    spread = [i * len(images) // count for i in range(count)]
+    how = Extraction(torch.device("cpu"), batch=count)
+    features, _ = extract(backbone, images, spread, how)
     with torch.inference_mode():
-        return head(backbone(normalize(crops.float() / 255)))[None], checkpoint
+        return head(features)[None]
 
 
 def draw_targets(logits, center, student_temp, teacher_temp, path):
@@ -113,50 +117,74 @@ def draw_targets(logits, center, student_temp, teacher_temp, path):
         axis.set_xticks([])
         axis.set_yticks([])
         say(f"{title:22} entropy of each {each:.2f}, of their mean {mean:.2f} nats")
-    figure.supxlabel(f"outputs, the {len(columns)} likeliest first", fontsize=9)
+    figure.supxlabel(f"the {len(columns)} likeliest outputs", fontsize=9)
     figure.supylabel("images", fontsize=9)
     save_figure(figure, path)
+    say(f"-> {path}")
 
 
-# ---- the command ----
+# ---- the commands ----
 
 
-def parse_args(argv):
+def crops(args):
+    recipe.check(args)
+    _, image = next(stills(args.image))
+    crop = MultiCrop(*recipe.crop_settings(args))
+    draw_crops(image, crop, Random(args.seed), args.output / "crops.png")
+
+
+def schedules(args):
+    recipe.check(args)
+    if not args.epochs:
+        raise ValueError("this recipe's length follows from the images: give --epochs")
+    draw_schedules(args, args.output / "schedules.png")
+
+
+def targets(args):
+    checkpoint = load_checkpoint(args.checkpoint)
+    if not {"teacher", "center", "args", "epoch"} <= checkpoint.keys():
+        raise ValueError(f"{str(args.checkpoint)!r} has no head and no centre: name a last.pth")
+    trained = argparse.Namespace(**checkpoint["args"])
+    if trained.centering != "mean" or trained.no_sharpening:
+        raise ValueError("this run did without the centre or without sharpening: name another")
+    data = args.data or trained.data
+    images = load(data, "val") or load(data, "train")
+    logits = teacher_logits(checkpoint, load_backbone(args.checkpoint).backbone, images, BATCH)
+    start, epochs = trained.warmup_teacher_temp, trained.warmup_teacher_temp_epochs
+    tau_t = recipe.teacher_temperature(checkpoint["epoch"], start, trained.teacher_temp, epochs)
+    path = args.output / "targets.png"
+    draw_targets(logits, checkpoint["center"], trained.student_temp, tau_t, path)
+
+
+def parse_args(argv=None):
     """Resolve what follows `python visualize.py`, when it begins with one of KINDS."""
-    kind = argv[0]
-    formatter = argparse.RawDescriptionHelpFormatter
-    name = f"visualize.py {kind}"
-    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=formatter)
-    add = parser.add_argument
-    if kind == "crops":
-        add("image", type=Path)
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in KINDS:
+        raise ValueError(f"say what to draw: {', '.join(KINDS)}")
+    kind, *flags = argv
     if kind == "targets":
-        add("checkpoint", type=Path, help="a run's last.pth, with its head and its centre")
-        add("--data", help="(default: what it was trained on)")
-    add("--output", type=Path, default=Path(), help="folder for the picture (default: here)")
-    if kind == "targets":
-        args = parser.parse_args(argv[1:])
+        formatter = argparse.RawDescriptionHelpFormatter
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+        parser.add_argument("checkpoint", type=Path, help="a run's last.pth")
+        parser.add_argument("--data", help="(default: what it was trained on)")
+        parser.add_argument("--output", type=Path)
     else:
-        args, flags = parser.parse_known_args(argv[1:])
-        args.recipe = recipe.parse_args(__doc__, ["--arch", "vit_small", *flags])
-    args.kind = kind
+        flags = ["--arch", "vit_small", *flags]
+        parser = recipe.build_parser(__doc__, flags)
+    if kind == "crops":
+        parser.add_argument("image", type=Path)
+    parser.prog = f"visualize.py {kind}"
+    args = parser.parse_args(flags)
+    args.output = args.output or Path()  # of the picture, here
+    args.draw = KINDS[kind]
     return args
 
 
 def main(args):
-    path = args.output / f"{args.kind}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if args.kind == "crops":
-        recipe.check(args.recipe)
-        crop = MultiCrop(*recipe.crop_settings(args.recipe))
-        draw_crops(read_image(args.image), crop, Random(args.recipe.seed), path)
-    elif args.kind == "schedules":
-        recipe.check(args.recipe)
-        if not args.recipe.epochs:
-            raise ValueError("this recipe's length follows from the images: give --epochs")
-        draw_schedules(args.recipe, path)
-    else:
-        logits, checkpoint = teacher_logits(args.checkpoint, args.data, BATCH)
-        temperatures = (checkpoint["args"][f"{name}_temp"] for name in ("student", "teacher"))
-        draw_targets(logits, checkpoint["center"], *temperatures, path)
-    say(f"-> {path}")
+    args.draw(args)
+
+
+KINDS = {"crops": crops, "schedules": schedules, "targets": targets}
+
+if __name__ == "__main__":
+    run_command(main, parse_args)

@@ -24,7 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from augment import normalize, random_resized_crop, resize
 from backbone import architecture, trained_at
 from checkpoint import load_checkpoint
-from data import Folder, decoded_to
+from data import Folder, reduced
 from distributed import agree, autocast, combine
 from files import write_whole
 from terminal import first_process, progress, say
@@ -138,9 +138,10 @@ class Crops(Dataset):
     """
 
     def __init__(self, images, indices, size, seed=None, fit=center_crop):
-        short = 2 * size * 256 // 224  # with room, so that the features hardly change
-        least = (size, 2 * size / 0.08**0.5) if seed is not None else (short, short)
-        self.images, self.indices, self.size = decoded_to(images, least), indices, size
+        # Of an image reduced in decoding there remains twice what is needed, or a JPEG is whole.
+        short = 2 * size * 256 // 224
+        least = (short, short) if seed is None else (2 * size, 2 * size / (3 / 4 * 0.08) ** 0.5)
+        self.images, self.indices, self.size = reduced(images, least), indices, size
         self.seed, self.fit = seed, fit
 
     def __getitem__(self, key):

@@ -71,6 +71,7 @@ def shown(image, side=320):
 
 
 def save_figure(figure, path, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100, **options))
 
 

@@ -154,9 +154,22 @@ def schedules(step, args, steps_per_epoch, global_batch):
 
 
 def parse_args(description, argv=None):
-    """Resolve train.py's command line: what it leaves open comes from the architecture's recipe.
+    """Resolve train.py's command line: what it leaves open comes from the architecture's recipe."""
+    args = build_parser(description, argv).parse_args(argv)
+    args.global_scale, args.local_scale = list(args.global_scale), list(args.local_scale)
+    if args.knn_bank is None:
+        args.knn_bank = 2_000 if args.arch in SMALL else 10_000
+    if args.workers is None:
+        args.workers = default_workers(args.device)
+    if args.output is None:
+        args.output = default_output(args)
+    return args
 
-    The architecture itself, left open, follows from the data.
+
+def build_parser(description, argv=None):
+    """Build train.py's parser; its defaults are those of the architecture that argv names.
+
+    That, left open, follows from the data.
     """
     which = argparse.ArgumentParser(add_help=False)
     which.add_argument("--arch")
@@ -168,16 +181,7 @@ def parse_args(description, argv=None):
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
     add_hyper_parameters(parser, arch)
     add_run_flags(parser, arch)
-    args = parser.parse_args(argv)
-
-    args.global_scale, args.local_scale = list(args.global_scale), list(args.local_scale)
-    if args.knn_bank is None:
-        args.knn_bank = 2_000 if arch in SMALL else 10_000
-    if args.workers is None:
-        args.workers = default_workers(args.device)
-    if args.output is None:
-        args.output = default_output(args)
-    return args
+    return parser
 
 
 def add_hyper_parameters(parser, arch):

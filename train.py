@@ -30,7 +30,7 @@ import recipe
 from augment import MultiCrop
 from backbone import build_backbone, recompute_activations
 from checkpoint import start_from
-from data import Order, Samples, decoded_to, load_both, load_views
+from data import Order, Samples, load_both, load_views, reduced
 from distributed import amp_dtype, autocast, in_turn, parallel, processes, synchronised
 from head import DINOHead
 from loss import batch_center, dino_loss, entropies, update_center
@@ -158,7 +158,7 @@ def train(args, device, rank, world):
 
     crop = MultiCrop(*crop_settings(args))
     batches = order.batches(run.first, run.last)
-    samples = Samples(decoded_to(images, crop.least), crop, args.seed)
+    samples = Samples(reduced(images, crop.least), crop, args.seed)
     loader = load_views(samples, batches, args.workers, device, run.bad)
     before_training(run)
     listen()

@@ -3,7 +3,8 @@
     python visualize.py ckpt.pth img.jpg       img_attention.png; also several images, or folders
     python visualize.py ckpt.pth film.gif      film_attention.gif; also a folder, with --fps
     python visualize.py runs/laptop            curves.png, from the run's log
-    python visualize.py crops img.jpg          what happens in training: explain.py
+    python visualize.py crops img.jpg          what happens in training: explain.py; also
+    python visualize.py schedules | targets CKPT
 
 A picture shows the image, each head's map, their mean, and the patches that hold most of the mean.
 An image is shown to the network at 480 / 224 of the size it was trained at (480 for the paper's);
@@ -165,7 +166,6 @@ def check(args):
 def redraw_curves(log, output):
     """Draw curves.png from a run's log."""
     path = (output or log.parent) / "curves.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
     config = json.loads(log.with_name("config.json").read_text())
     draw_curves(read_log(log), path, config["out_dim"])
     say(f"{log} -> {path}")
@@ -206,8 +206,8 @@ def draw_source(backbone, source, args, written):
 
 
 def main(args):
-    if "kind" in args:
-        explain.main(args)
+    if "draw" in args:
+        args.draw(args)
         return
     log = Path(args.checkpoint, "log.jsonl")
     if log.is_file() and args.images:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, PngImagePlugin, features
 
 from augment import MultiCrop, random_box, resize
-from data import Folder, are_constant, decoded_to
-from decode import largest_part, read_image, suffixes
+from data import Folder, are_constant, reduced
+from decode import divisor, read_image, suffixes
 from features import Crops, center_crop
 
 
@@ -158,7 +158,7 @@ def test_crops_of_a_jpeg_decoded_smaller_are_those_of_the_whole(tmp_path):
 @pytest.mark.parametrize("height, width", [(375, 500), (3000, 4000), (200, 2000), (90, 90)])
 def test_no_crop_is_enlarged_that_was_not_so_already(height, width):
     crop = MultiCrop()
-    part = largest_part(height, width, crop.least)
+    part = divisor(height, width, crop.least)
     rng = Random(0)
     for view in crop.views:
         for _ in range(500):
@@ -170,7 +170,7 @@ def test_no_crop_is_enlarged_that_was_not_so_already(height, width):
 def test_a_folder_decodes_smaller_for_those_who_ask_alone(tmp_path):
     smooth_jpeg(tmp_path / "a.jpg", 800, 1000)
     images = Folder(tmp_path)
-    assert decoded_to(images, (100, 100))[0].shape == (3, 100, 125)
+    assert reduced(images, (100, 100))[0].shape == (3, 100, 125)
     assert images[0].shape == (3, 800, 1000)
     crops = Crops(images, [0], 80)  # 800 is more than 4 x 2 x 91
     assert crops.images[0].shape == (3, 200, 250)
