@@ -109,13 +109,14 @@ def read_and_crop(plain, device, jpegs, until):
 def draw_jpegs(count, width, height):
     """Return JPEGs, as bytes: noise of three scales, of sizes about this one and many qualities."""
     rng, contents = random.Random(0), []
+    generator = torch.Generator().manual_seed(0)
     for _ in range(count):
         factor = rng.uniform(0.7, 1.4)
-        size = round(width * factor), round(height / factor)
-        image = Image.new("RGB", size, "gray")
+        w, h = round(width * factor), round(height / factor)
+        image = Image.new("RGB", (w, h), "gray")
         for cell, share in ((60, 0.9), (10, 0.5), (2, 0.2)):
-            cells = torch.randint(256, (size[1] // cell, size[0] // cell, 3), dtype=torch.uint8)
-            layer = Image.fromarray(cells.numpy()).resize(size, Image.BICUBIC)
+            cells = torch.randint(256, (h // cell, w // cell, 3), generator=generator)
+            layer = Image.fromarray(cells.byte().numpy()).resize((w, h), Image.BICUBIC)
             image = Image.blend(image, layer, share)
         file = io.BytesIO()
         image.save(file, "JPEG", quality=rng.randint(75, 95))
@@ -129,8 +130,9 @@ def jpegs_of(folder, count):
     names = [name for name in images.paths if name.lower().endswith((".jpg", ".jpeg"))]
     if not names:
         raise ValueError(f"no JPEGs below {folder!r}")
-    names = names[:: max(1, len(names) // count)][:count]
-    return [(images.root / name).read_bytes() for name in names]
+    count = min(count, len(names))
+    spread = [names[i * len(names) // count] for i in range(count)]
+    return [(images.root / name).read_bytes() for name in spread]
 
 
 def build_state(plain, device, args):
@@ -322,17 +324,15 @@ def paper_args(arch, batch):
 
 def compare_workers(device, data, turns, quick):
     """Print the rows of a loader's worker, for photographs of ImageNet's size and of a camera's."""
-    images = 8 if quick else 32
-    jpegs = jpegs_of(data, images) if data else draw_jpegs(images, 500, 375)
-    rows = {
-        "a worker's half: decode, crop, collate; 1 thread": (jpegs, "crop"),
-        "  of it, decoding": (jpegs, "decode"),
-        "  with photometry": (jpegs, "end"),
-    }
+    jpegs = jpegs_of(data, 32) if data else draw_jpegs(8 if quick else 32, 500, 375)
+    images = len(jpegs)
+    compare("decoding alone, 1 thread", read_and_crop, images, (device, jpegs, "decode"), turns)
+    name = "a worker's half: decode, crop, collate"
+    compare(name, read_and_crop, images, (device, jpegs, "crop"), turns)
+    compare("  with photometry", read_and_crop, images, (device, jpegs, "end"), turns)
     if not data and not quick:
-        rows["  without, JPEGs of 12 megapixels"] = draw_jpegs(4, 4000, 3000), "crop"
-    for name, (jpegs, until) in rows.items():
-        compare(name, read_and_crop, len(jpegs), (device, jpegs, until), turns)
+        jpegs = draw_jpegs(4, 4000, 3000)
+        compare("  of 12 megapixels", read_and_crop, 4, (device, jpegs, "crop"), turns)
 
 
 def compare_steps(device, batch, turns, quick, rate):

@@ -24,9 +24,12 @@ def test_every_row_is_printed(tiny, monkeypatch, tmp_path, capsys):
     for i, content in enumerate(bench.draw_jpegs(3, 100, 80)):
         (tmp_path / f"{i}.jpg").write_bytes(content)
     bench.compare_workers(CPU, str(tmp_path), 1, quick=True)
+    draw = bench.draw_jpegs
+    monkeypatch.setattr(bench, "draw_jpegs", lambda count, w, h: draw(2, w // 10, h // 10))
+    bench.compare_workers(CPU, None, 1, quick=False)
     bench.compare_steps(CPU, 2, 1, True, 1e9)
     lines = [line for line in capsys.readouterr().out.splitlines() if "%" not in line]
-    assert len(lines) == 6
+    assert len(lines) == 10
     for line in lines:
         ours, plain, ratio = map(float, line[48:].split()[:3])
         assert ratio == pytest.approx(ours / plain, rel=0.05, abs=0.01), line
@@ -35,6 +38,11 @@ def test_every_row_is_printed(tiny, monkeypatch, tmp_path, capsys):
 def test_drawn_jpegs_vary_and_a_folders_are_its_own(tmp_path):
     sizes = {Image.open(io.BytesIO(content)).size for content in bench.draw_jpegs(5, 200, 100)}
     assert len(sizes) == 5 and all(100 < w < 300 and 50 < h < 160 for w, h in sizes)
+    for i in range(6):
+        (tmp_path / f"{i}.jpg").write_bytes(bytes([i]))
+    assert bench.jpegs_of(str(tmp_path), 4) == [b"\0", b"\1", b"\3", b"\4"]
+    for i in range(6):
+        (tmp_path / f"{i}.jpg").unlink()
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="no JPEGs"):
         bench.jpegs_of(str(tmp_path), 2)

@@ -121,8 +121,8 @@ def test_images_of_one_colour_throughout_are_noticed(tmp_path):
 
 def smooth_jpeg(path, height, width, **how):
     """Write a JPEG of soft random colours."""
-    noise = np.random.default_rng(0).integers(0, 256, (height // 40, width // 40, 3), dtype=np.uint8)
-    image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    noise = np.random.default_rng(0).integers(0, 256, (height // 40, width // 40, 3))
+    image = Image.fromarray(noise.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     image.save(path, quality=95, **how)
 
 
@@ -134,7 +134,7 @@ def test_a_jpeg_is_decoded_smaller_but_never_below_what_is_asked_for(tmp_path):
     assert full.shape == (3, 600, 400)
     root = 240_000**0.5
     for least, part in [((400, root), 1), ((200.5, 1), 1), ((200, 1), 2), ((100, 100), 4),
-                        ((1, root / 8), 8), ((1, root / 3.9), 2), ((50, 1), 8), ((1, 1), 8)]:  # fmt: skip
+                        ((1, root / 8), 8), ((1, root / 3.9), 2), ((50, 1), 8)]:  # fmt: skip
         image = read_image(tmp_path / "a.jpg", least)
         assert image.shape == (3, 600 // part, 400 // part), least
         means = torch.nn.functional.avg_pool2d(full.float(), part)
@@ -155,16 +155,19 @@ def test_crops_of_a_jpeg_decoded_smaller_are_those_of_the_whole(tmp_path):
         assert (full.float() - half).abs().mean() < 1.5
 
 
-@pytest.mark.parametrize("height, width", [(375, 500), (3000, 4000), (200, 2000), (90, 90)])
-def test_no_crop_is_enlarged_that_was_not_so_already(height, width):
-    crop = MultiCrop()
-    part = divisor(height, width, crop.least)
-    rng = Random(0)
+SIZES = {(375, 500): 1, (3000, 4000): 4, (300, 4000): 1, (900, 6000): 4, (8000, 9000): 8}
+
+
+@pytest.mark.parametrize("sides, by", SIZES.items())
+def test_no_crop_is_enlarged_for_it(sides, by):
+    crop, rng = MultiCrop(), Random(0)
+    assert divisor(*sides, crop.least) == by
+    height, width = (-(-side // by) for side in sides)
     for view in crop.views:
         for _ in range(500):
-            _, _, h, w = random_box(-(-height // part), -(-width // part), view.scale, rng)
-            assert part == 1 or min(h, w) >= view.size
-    assert part == {3000: 4}.get(height, 1)
+            _, _, h, w = random_box(height, width, view.scale, rng)
+            if by > 1:
+                assert min(h, w) >= view.size
 
 
 def test_a_folder_decodes_smaller_for_those_who_ask_alone(tmp_path):
@@ -176,3 +179,9 @@ def test_a_folder_decodes_smaller_for_those_who_ask_alone(tmp_path):
     assert crops.images[0].shape == (3, 200, 250)
     _, crop = crops[0, 0]
     assert (crop.float() - center_crop(images[0], 80)).abs().mean() < 1.5
+
+
+def test_random_crops_for_the_probe_are_reduced_too_and_twice_as_large(tmp_path):
+    smooth_jpeg(tmp_path / "a.jpg", 800, 1000)
+    crops = Crops(Folder(tmp_path), [0], 20, seed=0)
+    assert crops.images[0].shape == (3, 200, 250)  # 894 is more than 4 x 2 x 20 / 0.245
