@@ -122,8 +122,8 @@ def test_images_of_one_colour_throughout_are_noticed(tmp_path):
 def smooth_jpeg(path, height, width, **how):
     """Write a JPEG of soft random colours."""
     noise = np.random.default_rng(0).integers(0, 256, (height // 40, width // 40, 3))
-    image = Image.fromarray(noise.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-    image.save(path, quality=95, **how)
+    image = Image.fromarray(noise.astype(np.uint8))
+    image.resize((width, height), Image.Resampling.BICUBIC).save(path, quality=95, **how)
 
 
 def test_a_jpeg_is_decoded_smaller_but_never_below_what_is_asked_for(tmp_path):
