@@ -80,10 +80,14 @@ def untrained(backbone, seed=0):
     return fresh.to(device).eval()
 
 
-def recompute_activations(vit):
-    """Let each block keep its input alone, and compute the rest again in the backward pass."""
+def recompute_activations(vit, part):
+    """Let parts of a ViT keep their input alone, and compute the rest again on the way back.
+
+    part: "blocks", each as a whole, or "mlp", the MLP of each: less is saved for less time.
+    """
     for block in vit.blocks:
-        block.forward = partial(recomputed, block.forward, use_reentrant=False)
+        module = block if part == "blocks" else block.mlp
+        module.forward = partial(recomputed, module.forward, use_reentrant=False)
 
 
 def describe(backbone):

@@ -234,8 +234,9 @@ def add_run_flags(parser, arch):
     add("--steps", type=int, default=0,
         help="stop after this many steps; changes no schedule (0: at the end)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the student")
-    add("--recompute", action="store_true",
-        help="compute activations again on the way back: less memory, more time")  # fmt: skip
+    add("--recompute", nargs="?", choices=("mlp", "blocks"), const="blocks",
+        help="compute activations again on the way back, the MLPs' alone or the blocks': less "
+        "memory, more time")  # fmt: skip
     add("--workers", type=int, help="processes that load images (default: up to 10 on a GPU; on a "
         "CPU 1, or 0 where there are only two cores)")  # fmt: skip
     add_device_flag(parser)

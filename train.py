@@ -135,7 +135,7 @@ def build_networks(args, device, world):
     # drop path is the student's alone; a convnet's teacher uses its batch's statistics
     teacher.train(not isinstance(backbone, ViT))
     if args.recompute and isinstance(backbone, ViT):
-        recompute_activations(backbone)
+        recompute_activations(backbone, args.recompute)
     return student, teacher
 
 
