@@ -248,7 +248,7 @@ def seconds(run, device):
 
 
 def peak(part, plain, settings):
-    """Run one version twice, and return the bytes that it takes at most, above those at the start."""
+    """Run one version twice; return the bytes that it takes at most, above those at the start."""
     device = settings[0]
     before = 0 if device.type == "cuda" else resident("VmRSS:")
     run = part(plain, *settings)
