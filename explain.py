@@ -142,9 +142,9 @@ def schedules(args):
 
 def targets(args):
     checkpoint = load_checkpoint(args.checkpoint)
-    if not {"teacher", "center", "args", "epoch"} <= checkpoint.keys():
+    if not {"teacher", "center", "args", "epoch", "format"} <= checkpoint.keys():
         raise ValueError(f"{str(args.checkpoint)!r} has no head and no centre: name a last.pth")
-    trained = argparse.Namespace(**checkpoint["args"])
+    trained = argparse.Namespace(**{"centering": "mean"} | checkpoint["args"])  # older have none
     if trained.centering != "mean" or trained.no_sharpening:
         raise ValueError("this run did without the centre or without sharpening: name another")
     data = args.data or trained.data
