@@ -28,10 +28,9 @@ PROSE = re.sub(r"```.*?```", "", TOUR, flags=re.S)
 TRIED = [" ".join(found.split()) for found in re.findall(r"`(python [^`]+)`", PROSE)]
 TRIED = [found for found in TRIED if "CKPT" not in found and found != "python retrieve.py search"]
 NUMBER = r"-?\d+\.?\d*"
-PRINTED = {  # command: what stands below it
-    command: after
+PRINTED = {  # the last command of a block: what stands below it
+    block.splitlines()[-1]: after
     for (_, block), (language, after) in zip(BLOCKS, BLOCKS[1:])
-    for command in block.splitlines()
     if language == "text"
 }
 STOPS = re.split(r"^## (?=\d)", TOUR, flags=re.M)[1:]
