@@ -155,8 +155,7 @@ def color_jitter(x, factors, order):
 
 
 def gaussian_blur(x, sigma, radius=6):
-    """exp(-r^2 / (2 sigma^2)), normalised, by columns and rows; radius is 3 x sigma [b], at most 2.
-    """
+    """exp(-r^2 / (2 sigma^2)), normalised, by columns and rows; radius 3 x sigma [b], at most 2."""
     radius = min(radius, x.shape[2] - 1, x.shape[3] - 1)
     r = torch.arange(-radius, radius + 1, device=x.device)
     taps = (-0.5 * (r / sigma[:, None]) ** 2).exp()

@@ -13,8 +13,7 @@ Algorithm 1, line by line                           here
     back-propagate, update the student              train_step()
     teacher = l * teacher + (1 - l) * student       update_teacher()
     C = m * C + (1 - m) * mean of t1, t2            update_center()              loss.py
-The schedules of the learning rate, weight decay, l and tau_t are in recipe.py; what surrounds a
-step (the log, checkpoints, tests, pictures) is in report.py.
+The schedules are in recipe.py; what surrounds a step (log, checkpoints, tests) in report.py.
 """
 
 import copy
@@ -157,9 +156,8 @@ def train(args, device, rank, world):
     forward = parallel(forward, device, world)
 
     crop = MultiCrop(*crop_settings(args))
-    batches = order.batches(run.first, run.last)
     samples = Samples(reduced(images, crop.least), crop, args.seed)
-    loader = load_views(samples, batches, args.workers, device, run.bad)
+    loader = load_views(samples, order.batches(run.first, run.last), args.workers, device, run.bad)
     before_training(run)
     listen()
     for step in range(run.first, run.last):
