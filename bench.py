@@ -361,7 +361,7 @@ def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--quick", action="store_true",
-                        help="smaller sizes, fewer turns: a minute on two cores")  # fmt: skip
+                        help="smaller sizes, fewer turns: half a minute on two cores")  # fmt: skip
     parser.add_argument("--data", help="a folder whose JPEGs are read (default: drawn ones)")
     add_device_flag(parser)
     return parser.parse_args(argv)
