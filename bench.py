@@ -29,13 +29,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from augment import MultiCrop
-from data import Folder, Order, Samples, load_views, views_on
+from data import Folder, Order, Samples, evenly, load_views, views_on
 from decode import read_image
 from distributed import amp_dtype, autocast, usable_device
 from evaluate import knn
 from loss import batch_center, dino_loss, update_center
 from optimizer import build_optimizer, parameter_groups, set_rates
-from recipe import add_device_flag, schedules
+from recipe import add_device_flag, crop_settings, schedules
 from shapes import Shapes
 from terminal import run_command, say
 from tests import textbook
@@ -130,9 +130,7 @@ def jpegs_of(folder, count):
     names = [name for name in images.paths if name.lower().endswith((".jpg", ".jpeg"))]
     if not names:
         raise ValueError(f"no JPEGs below {folder!r}")
-    count = min(count, len(names))
-    spread = [names[i * len(names) // count] for i in range(count)]
-    return [(images.root / name).read_bytes() for name in spread]
+    return [(images.root / names[i]).read_bytes() for i in evenly(len(names), count)]
 
 
 def build_state(plain, device, args):
@@ -294,9 +292,7 @@ def laptop(device, steps, warm_up=5):
     images = Shapes()
     for i in range(len(images)):
         images[i]  # is drawn now; in training that is over after the first epoch
-    crop = MultiCrop(
-        args.global_size, args.local_size, args.local_crops, args.global_scale, args.local_scale
-    )
+    crop = MultiCrop(*crop_settings(args))
     batches = Order(len(images), args.batch).batches(0, warm_up + steps)
     loaded = load_views(Samples(images, crop), batches, args.workers, device, bad=set())
     step = whole_step(False, device, args)

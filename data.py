@@ -332,6 +332,12 @@ def fingerprint(images):
     return digest.hexdigest()[:16]
 
 
+def evenly(length, count):
+    """Return the numbers of at most `count` of `length` images, spread evenly."""
+    count = min(count, length)
+    return [i * length // count for i in range(count)]
+
+
 def are_constant(images, count=100):
     """Whether each of the first images that can be read is of one colour throughout."""
     read = 0

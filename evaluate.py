@@ -81,17 +81,24 @@ def knn(bank, bank_labels, queries, labels, ks=(10, 20, 100, 200), temperature=0
     return {k: 100 * count / len(queries) for k, count in right.items()}
 
 
+def bank_and_queries(backbone, train, val, how, limits=(None, None)):
+    """Return the bank's features and labels, then the queries'; val None: the bank once more.
+
+    limits: at most so many images of each.
+    """
+    bank = labelled_features(backbone, train, how, limits[0])
+    queries = bank if val is None else labelled_features(backbone, val, how, limits[1])
+    return *bank, *queries
+
+
 def knn_of(backbone, train, val, how, ks=(10, 20, 100, 200), limits=(None, None)):
     """Return a backbone's k-NN accuracy, and how many images are in the bank and among the queries.
 
-    val None: the training images against one another. limits: at most so many of each.
+    val None: the training images against one another. limits: as in bank_and_queries().
     """
-    bank, bank_labels = labelled_features(backbone, train, how, limits[0])
-    if val is None:
-        top1 = knn(bank, bank_labels, bank, bank_labels, ks, alone=True)
-        return top1, (len(bank), len(bank))
-    queries, labels = labelled_features(backbone, val, how, limits[1])
-    return knn(bank, bank_labels, queries, labels, ks), (len(bank), len(queries))
+    bank, bank_labels, queries, labels = bank_and_queries(backbone, train, val, how, limits)
+    top1 = knn(bank, bank_labels, queries, labels, ks, alone=val is None)
+    return top1, (len(bank), len(queries))
 
 
 def knn_of_pixels(train, val, how, ks):
@@ -99,12 +106,11 @@ def knn_of_pixels(train, val, how, ks):
 
     pixels: as they are; less mean: with their mean over the training images taken off.
     """
-    how = replace(how, size=None, cache=None)
-    bank, bank_labels = labelled_features(RawPixels(), train, how)
-    queries, labels = labelled_features(RawPixels(), val, how) if val else (bank, bank_labels)
-    pixels = knn(bank, bank_labels, queries, labels, ks, alone=not val)
+    how, alone = replace(how, size=None, cache=None), val is None
+    bank, bank_labels, queries, labels = bank_and_queries(RawPixels(), train, val, how)
+    pixels = knn(bank, bank_labels, queries, labels, ks, alone=alone)
     mean = bank.mean(0)
-    centred = knn(bank - mean, bank_labels, queries - mean, labels, ks, alone=not val)
+    centred = knn(bank - mean, bank_labels, queries - mean, labels, ks, alone=alone)
     return {"pixels": pixels, "less mean": centred}
 
 

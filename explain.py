@@ -16,11 +16,13 @@ from random import Random
 import torch
 from einops import rearrange
 from matplotlib.figure import Figure
+from torch import nn
 
 import recipe
 from augment import MEAN, STD, MultiCrop
-from checkpoint import load_backbone, load_checkpoint
-from data import load, views_on
+from backbone import rebuild
+from checkpoint import load_checkpoint, load_strictly
+from data import evenly, load, views_on
 from features import Extraction, extract
 from film import stills
 from head import DINOHead
@@ -49,7 +51,6 @@ def draw_crops(image, crop, rng, path):
             row[f"{name}, {view.shape[1]} px"] = rearrange(view, "c h w -> h w c")
         rows.append(row)
     draw_panels(rows, path, "above as they are cut out, below with colours, blur and solarisation")
-    say(f"-> {path}")
 
 
 def draw_schedules(args, path):
@@ -67,26 +68,21 @@ def draw_schedules(args, path):
     draw_curve(axes[3], lines, "temperature of the teacher", {"teacher_temp": None})
     figure.supxlabel("epoch", fontsize=10)
     save_figure(figure, path)
-    say(f"-> {path}")
 
 
-def teacher_logits(checkpoint, backbone, images, count):
-    """Return the teacher's logits [1, b, K] for the central crops of so many of the images.
-
-    checkpoint: a run's, from which the head is taken; backbone: the teacher's.
-    """
-    prefix = "head."
-    weights = {}
-    for name, value in checkpoint["teacher"].items():
-        if name.startswith(prefix):
-            weights[name.removeprefix(prefix)] = value
+def load_teacher(checkpoint, path):
+    """Return the teacher's backbone and head from what load_checkpoint() gave for a run's path."""
+    backbone = rebuild(checkpoint["architecture"])
     sizes = [checkpoint["args"][name] for name in ("out_dim", "hidden_dim", "bottleneck_dim")]
     head = DINOHead(backbone.dim, *sizes)
-    head.load_state_dict(weights)
-    count = min(count, len(images))
-    spread = [i * len(images) // count for i in range(count)]
+    load_strictly(nn.ModuleDict({"backbone": backbone, "head": head}), checkpoint["teacher"], path)
+    return backbone.eval(), head
+
+
+def central_logits(backbone, head, images, count):
+    """Return the logits [1, b, K] for the central crops of so many of the images."""
     how = Extraction(torch.device("cpu"), batch=count)
-    features, _ = extract(backbone, images, spread, how)
+    features, _ = extract(backbone, images, evenly(len(images), count), how)
     with torch.inference_mode():
         return head(features)[None]
 
@@ -120,40 +116,40 @@ def draw_targets(logits, center, student_temp, teacher_temp, path):
     figure.supxlabel(f"the {len(columns)} likeliest outputs", fontsize=9)
     figure.supylabel("images", fontsize=9)
     save_figure(figure, path)
-    say(f"-> {path}")
 
 
 # ---- the commands ----
 
 
-def crops(args):
+def crops(args, path):
     recipe.check(args)
     _, image = next(stills(args.image))
-    crop = MultiCrop(*recipe.crop_settings(args))
-    draw_crops(image, crop, Random(args.seed), args.output / "crops.png")
+    draw_crops(image, MultiCrop(*recipe.crop_settings(args)), Random(args.seed), path)
 
 
-def schedules(args):
+def schedules(args, path):
     recipe.check(args)
     if not args.epochs:
         raise ValueError("this recipe's length follows from the images: give --epochs")
-    draw_schedules(args, args.output / "schedules.png")
+    draw_schedules(args, path)
 
 
-def targets(args):
+def targets(args, path):
     checkpoint = load_checkpoint(args.checkpoint)
-    if not {"teacher", "center", "args", "epoch", "format"} <= checkpoint.keys():
+    if not {"teacher", "architecture", "center", "args", "epoch"} <= checkpoint.keys():
         raise ValueError(f"{str(args.checkpoint)!r} has no head and no centre: name a last.pth")
     trained = argparse.Namespace(**{"centering": "mean"} | checkpoint["args"])  # older have none
     if trained.centering != "mean" or trained.no_sharpening:
         raise ValueError("this run did without the centre or without sharpening: name another")
     data = args.data or trained.data
     images = load(data, "val") or load(data, "train")
-    logits = teacher_logits(checkpoint, load_backbone(args.checkpoint).backbone, images, BATCH)
+    logits = central_logits(*load_teacher(checkpoint, args.checkpoint), images, BATCH)
     start, epochs = trained.warmup_teacher_temp, trained.warmup_teacher_temp_epochs
     tau_t = recipe.teacher_temperature(checkpoint["epoch"], start, trained.teacher_temp, epochs)
-    path = args.output / "targets.png"
     draw_targets(logits, checkpoint["center"], trained.student_temp, tau_t, path)
+
+
+KINDS = {"crops": crops, "schedules": schedules, "targets": targets}
 
 
 def parse_args(argv=None):
@@ -176,15 +172,15 @@ def parse_args(argv=None):
     parser.prog = f"visualize.py {kind}"
     args = parser.parse_args(flags)
     args.output = args.output or Path()  # of the picture, here
-    args.draw = KINDS[kind]
+    args.kind = kind
     return args
 
 
 def main(args):
-    args.draw(args)
+    path = args.output / f"{args.kind}.png"
+    KINDS[args.kind](args, path)
+    say(f"-> {path}")
 
-
-KINDS = {"crops": crops, "schedules": schedules, "targets": targets}
 
 if __name__ == "__main__":
     run_command(main, parse_args)

@@ -7,7 +7,7 @@ import time
 import torch
 
 from backbone import trained_at, untrained
-from data import are_constant, describe_images, read_or_next
+from data import are_constant, describe_images, evenly, read_or_next
 from distributed import in_turn, mean_over_processes, meet
 from evaluate import knn_of
 from features import Extraction, usual_size
@@ -142,9 +142,9 @@ def few_images(images, count=4):
 
     In the place of one that cannot be read stands the next that can.
     """
-    count, few = min(count, len(images)), []
-    for i in range(count):
-        image, _ = read_or_next(images, i * len(images) // count)
+    few = []
+    for i in evenly(len(images), count):
+        image, _ = read_or_next(images, i)
         h, w = image.shape[1:]
         few.append(image[:, : 3 * w, : 3 * h])
     return few

@@ -206,8 +206,8 @@ def draw_source(backbone, source, args, written):
 
 
 def main(args):
-    if "draw" in args:
-        args.draw(args)
+    if "kind" in args:
+        explain.main(args)
         return
     log = Path(args.checkpoint, "log.jsonl")
     if log.is_file() and args.images:

@@ -81,7 +81,8 @@ def test_targets_are_those_of_the_runs_teacher_and_pictures_are_written(tmp_path
 
     checkpoint, backbone = load_checkpoint("run/last.pth"), load_backbone("run/last.pth").backbone
     images = Shapes("val", 40)
-    logits = explain.teacher_logits(checkpoint, backbone, images, 10)[0]
+    teacher = explain.load_teacher(checkpoint, "run/last.pth")
+    logits = explain.central_logits(*teacher, images, 10)[0]
     network = Network(backbone, DINOHead(96, 64, 32, 16))
     network.load_state_dict(checkpoint["teacher"])
     crops = torch.stack([center_crop(images[i], 16) for i in range(0, 40, 4)])
