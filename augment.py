@@ -4,8 +4,9 @@
     photometry    the rest, a batch at a time on the training device: colour jitter, grey, blur,
                   solarise, normalise, with the parameters that MultiCrop has drawn for each view
 
-The distribution is that of the reference code's per-image pipeline. Every draw comes from the
-generator passed in: a view follows from (seed, epoch, sample). Axes: b batch, v views, c channel.
+The distribution is that of the reference code's per-image pipeline, but for the blur, which Pillow
+approximates. Every draw comes from the generator passed in: a view follows from (seed, epoch,
+sample). Axes: b batch, v views, c channel.
 """
 
 import math
@@ -155,7 +156,7 @@ def color_jitter(x, factors, order):
 
 
 def gaussian_blur(x, sigma, radius=6):
-    """exp(-r^2 / (2 sigma^2)), normalised, by columns and rows; radius 3 x sigma [b], at most 2."""
+    """Convolve with exp(-r^2 / (2 sigma^2)); sigma [b] in pixels, radius 3 x the largest, 2."""
     radius = min(radius, x.shape[2] - 1, x.shape[3] - 1)
     r = torch.arange(-radius, radius + 1, device=x.device)
     taps = (-0.5 * (r / sigma[:, None]) ** 2).exp()

@@ -33,7 +33,7 @@ from data import Folder, Order, Samples, evenly, load_views, views_on
 from decode import read_image
 from distributed import amp_dtype, autocast, usable_device
 from evaluate import knn
-from loss import batch_center, dino_loss, update_center
+from loss import batch_center, dino_loss, teacher_probabilities, update_center
 from optimizer import build_optimizer, parameter_groups, set_rates
 from recipe import add_device_flag, crop_settings, schedules
 from shapes import Shapes
@@ -174,7 +174,8 @@ def head_and_loss(plain, device, args):
         if plain:
             loss = textbook.loss(s.float(), t, center, args.student_temp, args.teacher_temp)
         else:
-            loss = dino_loss(s, t, center, args.student_temp, args.teacher_temp)
+            p_t = teacher_probabilities(t, center, args.teacher_temp)
+            loss = dino_loss(s, p_t, args.student_temp)
         del s  # as in train.train_step()
         loss.backward()
         head.zero_grad()

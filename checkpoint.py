@@ -116,6 +116,9 @@ def load_backbone(source, network="teacher", heads=None):
     if not isinstance(trained_with, dict):
         trained_with = {}
 
+    width = state["cls_token"].shape[-1] if "cls_token" in state else 0
+    if heads and width % heads:
+        raise ValueError(f"--heads {heads} must divide the width, {width}")
     assumed = False
     try:
         if "architecture" in checkpoint:

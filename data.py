@@ -146,8 +146,8 @@ def is_hidden(name):
 def split_folder(root, split):
     """Return the folder that holds a split, or None if there is no such split.
 
-    A root like ImageNet's has a folder named as in TRAINING, and one as in HELD_OUT; a root that is
-    itself such a training folder has the other beside it. Without these, the whole root is the
+    A root like ImageNet's has a folder named as in TRAINING, and may have one as in HELD_OUT; a root
+    that is itself such a training folder may have the other beside it. Without these, the whole root is the
     training split; of one like Pascal VOC's or DAVIS's it is the photographs, not their masks.
     """
     root = Path(root).absolute()
@@ -185,6 +185,7 @@ def stl10(root, train):
 def imagenette(root, train):
     download = not (Path(root) / "imagenette2-160").exists()
     data = datasets.Imagenette(root, "train" if train else "val", "160px", download)
+    data.classes = [names[0] for names in data.classes]  # each class has several
     return data, [label for _, label in data._samples]
 
 
@@ -441,6 +442,7 @@ def load_views(samples, batches, workers, device, bad):
         worker_init_fn=outlive_signals,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # torch's own is left to drop path
     )
     for *batch, replaced in loader:
         bad.update(replaced[replaced >= 0].tolist())

@@ -9,8 +9,9 @@
 
 Beside k-NN, logistic and cached linear figures stand an untrained network's; each evaluation adds
 a line to evaluate.jsonl in the checkpoint's folder. The linear protocol differs from the reference
-code's in three points: its random crops are bicubic, its learning rates are tried all at once, and
-an epoch's last, smaller batch is left out. Axes: b batch, d features, c classes, s learning rates.
+code's: its random crops are bicubic, its learning rates are tried all at once and follow the cosine
+step by step, an epoch's last, smaller batch is left out, and the last epoch counts, not the best.
+Axes: b batch, d features, c classes, s learning rates.
 """
 
 import argparse
@@ -104,7 +105,7 @@ def knn_of(backbone, train, val, how, ks=(10, 20, 100, 200), limits=(None, None)
 def knn_of_pixels(train, val, how, ks):
     """Return what a network must beat: {name: k-NN accuracy} of central crops of 32 x 32 pixels.
 
-    pixels: as they are; less mean: with their mean over the training images taken off.
+    pixels: normalised as for a network; less mean: less their mean over the training images.
     """
     how, alone = replace(how, size=None, cache=None), val is None
     bank, bank_labels, queries, labels = bank_and_queries(RawPixels(), train, val, how)

@@ -106,7 +106,7 @@ def draw_targets(logits, center, student_temp, teacher_temp, path):
     figure = Figure(figsize=(11, 2.9), layout="constrained")
     for axis, (title, (c, temperature)) in zip(figure.subplots(1, 4, sharey=True), cases.items()):
         p = teacher_probabilities(logits, c, temperature)
-        each, mean = entropies(logits, c, temperature).tolist()
+        each, mean = entropies(p).tolist()
         part = p[0][rows][:, columns].numpy()
         axis.imshow(part, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axis.set_title(f"{title}\nentropy {each:.2f}, of the mean {mean:.2f}", fontsize=9)

@@ -15,20 +15,19 @@ def teacher_probabilities(teacher, center, teacher_temp):
     """Eq. 1 for the teacher, centred: P_t = softmax((g_t - C) / tau_t), [t, b, k].
 
     Centring keeps one output from winning everywhere; the low tau_t sharpens, against the uniform
-    output. center None: Sinkhorn-Knopp in its place. No gradient reaches the teacher.
+    output. As in Algorithm 1, C is subtracted; the text of section 3.1 adds it. No gradient reaches
+    the teacher.
     """
-    teacher = teacher.detach().float()
-    if center is None:
-        return sinkhorn(teacher / teacher_temp)
-    return F.softmax((teacher - center) / teacher_temp, dim=-1)
+    return F.softmax((teacher.detach().float() - center) / teacher_temp, dim=-1)
 
 
-def sinkhorn(logits, rounds=3):
-    """Sinkhorn-Knopp (Table 7), over the views of all processes: logits [t, b, k] -> P_t.
+def sinkhorn(teacher, teacher_temp, rounds=3):
+    """Sinkhorn-Knopp in the centre's place (Table 7), over the views of all processes: P_t.
 
     Each round brings all outputs' sums over the (micro-)batch to the same, then each view's to 1.
-    It is done on logarithms, where no factor overflows.
+    It is done on logarithms, where no factor overflows. No gradient reaches the teacher.
     """
+    logits = teacher.detach().float() / teacher_temp
     for _ in range(rounds):
         total = logits.logsumexp((0, 1))
         if dist.is_initialized():
@@ -39,12 +38,11 @@ def sinkhorn(logits, rounds=3):
     return logits.exp()
 
 
-def dino_loss(student, teacher, center, student_temp, teacher_temp):
+def dino_loss(student, p_t, student_temp):
     """Eq. 3: the mean over pairs of different views of H(P_t(x), P_s(x')), and over the batch.
 
     H(a, b) = -sum_k a_k log b_k, Eq. 2. Returns a scalar, in nats.
     """
-    p_t = teacher_probabilities(teacher, center, teacher_temp)
     total, pairs = 0.0, 0
     for j, logits in enumerate(student.unbind()):
         log_p_s = F.log_softmax(logits.float() / student_temp, dim=-1)  # Eq. 1 for the student
@@ -70,12 +68,11 @@ def update_center(center, mean, center_momentum):
     center.mul_(center_momentum).add_(mean, alpha=1 - center_momentum)
 
 
-def entropies(teacher, center, teacher_temp):
+def entropies(p_t):
     """Return, in nats, the mean entropy of P_t and the entropy of its mean over the batch, [2].
 
     Collapse to one output sends both to 0, collapse to the uniform output both to ln K; in either,
     KL(P_t, P_s) = loss - entropy goes to 0 (Figure 7). The mean is this process's own.
     """
-    p_t = teacher_probabilities(teacher, center, teacher_temp)
     mean = reduce(p_t, "t b k -> k", "mean")
     return torch.stack([torch.special.entr(p_t).sum(-1).mean(), torch.special.entr(mean).sum()])

@@ -2,10 +2,11 @@
 
     python evaluate.py logistic CKPT --fraction 0.01 0.1
 
-That share of each class's training images is drawn. On their features the logistic regression with
-an L2 penalty is solved to its optimum, with LBFGS and all images at once, so that no learning rate
-and no number of epochs are to be chosen. Several draws give a mean and a spread of the accuracy on
-the held-out images. Axes: n images, d features, c classes.
+That share of each class's training images is drawn. Features are standardised by the mean and the
+deviation of all training images, which needs no label. On those that were drawn the logistic
+regression with an L2 penalty is solved to its optimum, with LBFGS and all images at once, so that
+no learning rate and no number of epochs are to be chosen. Several draws give a mean and a spread of
+the accuracy on the held-out images. Axes: n images, d features, c classes.
 """
 
 from collections import Counter, defaultdict

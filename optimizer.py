@@ -14,6 +14,9 @@ def build_optimizer(name, network, device, dtype):
         optimizer = torch.optim.AdamW(groups, fused=True)
     else:
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+        for p in network.parameters():  # torch's first step would leave out what is frozen then
+            if p.requires_grad:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     if dtype is torch.float16:
         scaler = torch.amp.GradScaler(device.type)
     else:

@@ -1,7 +1,8 @@
 """Every hyper-parameter with the paper's value and ours, the command line, and the schedules.
 
-The paper's values are section 3.2's ("Implementation details") and the reference code's. The
-laptop's recipe goes with vit_micro and the built-in images: docs/laptop.md says why it is so. In
+The paper's values are section 3.2's ("Implementation details"); where the reference code's defaults
+differ or say more (tau_t, clipping, the frozen last layer), they are the code's. The laptop's
+recipe goes with vit_micro and the built-in images: docs/laptop.md says why it is so. In
 docs/tour.md: stops 7 and 12.
 """
 
@@ -322,8 +323,10 @@ def with_length(args, images):
     if args.epochs:
         return args
     epochs = max(1, min(MOST_EPOCHS, round(PHOTOS_SEEN / images)))
-    warmup = min(args.warmup_epochs, epochs - 1)
-    return argparse.Namespace(**vars(args) | {"epochs": epochs, "warmup_epochs": warmup})
+    length = {"epochs": epochs}
+    for warmup in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+        length[warmup] = min(getattr(args, warmup), epochs - 1)
+    return argparse.Namespace(**vars(args) | length)
 
 
 def crop_settings(args):

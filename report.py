@@ -71,13 +71,12 @@ def after_step(run, done, schedule, figures, grad_norm):
         run.norms.clear()
     if ended and args.knn_every and (round(epoch) % args.knn_every == 0 or done == run.total):
         test_knn(run, done)
+    if ended and args.keep_every and round(epoch) % args.keep_every == 0:
+        run.save(f"epoch-{round(epoch):04d}.pth", done)  # before last.pth, to be made if that is
     if saves:
         run.save("last.pth", done)
-    if ended:
-        if run.main:
-            draw_curves(run.lines(), output / "curves.png", args.out_dim)
-        if args.keep_every and round(epoch) % args.keep_every == 0:
-            run.save(f"epoch-{round(epoch):04d}.pth", done)
+    if ended and run.main:
+        draw_curves(run.lines(), output / "curves.png", args.out_dim)
     if stop:
         name = signal.Signals(stop).name
         say(f"stopped by {name} after step {done}: the same command goes on from there")

@@ -136,9 +136,11 @@ class Run:
 
     def check_content(self, path, theirs):
         """ValueError: the images, wherever they lie, are not those that it was trained on."""
+        counts = f"{theirs['images']} images then, {self.content['images']} now"
+        if self.args.accept_data and theirs["images"] != self.content["images"]:
+            say(f"note: {counts}; epochs and schedules follow the new number from here on")
         if theirs == self.content or self.args.accept_data:
             return
-        counts = f"{theirs['images']} images then, {self.content['images']} now"
         if theirs["images"] == self.content["images"]:
             counts += ", of other names"
         raise ValueError(

@@ -8,8 +8,8 @@ Algorithm 1, line by line                           here
     the networks: teacher = student at first        build_networks()
     two random views x1, x2 of each image           MultiCrop, photometry()      augment.py
     student and teacher outputs                     Network.forward()
+    t: stop the gradient, centre and sharpen        teacher_probabilities()      loss.py
     loss: H(t1, s2) / 2 + H(t2, s1) / 2             dino_loss()                  loss.py
-      H: stop the gradient, centre and sharpen      teacher_probabilities()      loss.py
     back-propagate, update the student              train_step()
     teacher = l * teacher + (1 - l) * student       update_teacher()
     C = m * C + (1 - m) * mean of t1, t2            update_center()              loss.py
@@ -32,7 +32,7 @@ from checkpoint import start_from
 from data import Order, Samples, load_both, load_views, reduced
 from distributed import amp_dtype, autocast, in_turn, parallel, processes, synchronised
 from head import DINOHead
-from loss import batch_center, dino_loss, entropies, update_center
+from loss import batch_center, dino_loss, entropies, sinkhorn, teacher_probabilities, update_center
 from optimizer import build_optimizer, set_rates
 from recipe import check, crop_settings, schedules, summary, with_length
 from report import after_step, before_training, finish
@@ -70,10 +70,9 @@ def train_step(state, forward, loader, schedule, args, precision):
 
     forward: the student, as DDP or torch.compile has wrapped it. loader: yields the views of the
     next images, [2, b, 3, g, g] and [v - 2, b, 3, l, l]; a step takes args.accumulate of them.
-    Returns [loss, two entropies], as in loss.entropies(), and the norm of the clipped gradient.
+    Returns [loss, two entropies], as in loss.entropies(), and the gradient's norm before clipping.
     """
     student, teacher, center, optimizer, scaler = state
-    c = None if args.centering == "sinkhorn" else center
     figures, batch_mean = 0.0, 0.0
 
     for micro in range(args.accumulate):
@@ -85,16 +84,19 @@ def train_step(state, forward, loader, schedule, args, precision):
                     t = teacher(views[0])
                 s = forward(*views)
 
-            # The loss (Eq. 3) and its gradient.
-            loss = dino_loss(s, t, c, args.student_temp, schedule.teacher_temp)
+            # The teacher's answers (Eq. 1), the loss (Eq. 3) and its gradient.
+            if args.centering == "sinkhorn":
+                p_t = sinkhorn(t, schedule.teacher_temp)
+            else:
+                p_t = teacher_probabilities(t, center, schedule.teacher_temp)
+            loss = dino_loss(s, p_t, args.student_temp)
             del s  # backward does not need it, and for a large K it is large
             scaler.scale(loss / args.accumulate).backward()
 
         batch_mean += batch_center(t) / args.accumulate
-        watched = [loss.detach(), *entropies(t, c, schedule.teacher_temp)]
-        figures += torch.stack(watched) / args.accumulate
+        figures += torch.stack([loss.detach(), *entropies(p_t)]) / args.accumulate
 
-    # Update the student; in the first epoch its last layer stays as it is.
+    # Update the student; while it is frozen, its last layer stays as it is.
     scaler.unscale_(optimizer)
     if schedule.frozen:
         for p in student.head.last_layer.parameters():

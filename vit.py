@@ -119,7 +119,7 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(patch, dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (image_size // patch) ** 2, dim))
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        rates = [drop_path * i / (depth - 1) for i in range(depth - 1)] + [drop_path]
         self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         # With 0.02 the tokens of a ViT narrower than ViT-Ti would look alike for all images.

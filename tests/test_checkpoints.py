@@ -85,6 +85,8 @@ def test_the_number_of_heads_is_saved_and_read_back(tmp_path, monkeypatch):
     assert "12 heads" in loaded.description and "assumption" not in loaded.description
     with pytest.raises(ValueError, match="says 12 heads: leave --heads 6 out"):
         load_backbone(tmp_path / "last.pth", heads=6)
+    with pytest.raises(ValueError, match="--heads 5 must divide the width, 192"):
+        load_backbone(tmp_path / "last.pth", heads=5)
     with pytest.raises(ValueError, match="12 heads.*--arch vit_tiny --patch 8 must say so"):
         run(f"--arch vit_tiny --init {tmp_path / 'last.pth'}", tmp_path / "other")
 

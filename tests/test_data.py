@@ -19,6 +19,16 @@ def test_images_of_every_mode_become_rgb(folder):
     assert images[5].float().mean() == pytest.approx(30_000 / 257, abs=1)
 
 
+def test_imagenettes_classes_have_one_name_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    for name in ("n01440764", "n02102040"):
+        path = tmp_path / "datasets" / "imagenette2-160" / "train" / name / "0.JPEG"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(path)
+    images = load("imagenette")
+    assert describe_images(images) == "2 images of 2 classes (tench, English springer)"
+
+
 def test_transparency_is_white_and_exif_turns(tmp_path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert (read_image(tmp_path / "clear.png") == 255).all()

@@ -8,7 +8,14 @@ import sys
 import pytest
 import torch
 
-from loss import batch_center, dino_loss, entropies, sinkhorn, update_center
+from loss import (
+    batch_center,
+    dino_loss,
+    entropies,
+    sinkhorn,
+    teacher_probabilities,
+    update_center,
+)
 
 
 def double_loop(student, teacher, center, student_temp, teacher_temp):
@@ -23,12 +30,17 @@ def double_loop(student, teacher, center, student_temp, teacher_temp):
     return total / pairs
 
 
+def centred_loss(student, teacher, center, student_temp, teacher_temp):
+    p_t = teacher_probabilities(teacher, center, teacher_temp)
+    return dino_loss(student, p_t, student_temp)
+
+
 @pytest.mark.parametrize("v, t, b, k", [(2, 2, 3, 7), (10, 2, 4, 33), (3, 2, 1, 5), (5, 3, 2, 8)])
 @pytest.mark.parametrize("student_temp, teacher_temp", [(0.1, 0.04), (0.2, 0.07)])
 def test_loss_and_gradient_are_the_double_loops(v, t, b, k, student_temp, teacher_temp):
     student, teacher = torch.randn(v, b, k, requires_grad=True), torch.randn(t, b, k)
     rest = teacher, torch.randn(k), student_temp, teacher_temp
-    loss, expected = dino_loss(student, *rest), double_loop(student, *rest)
+    loss, expected = centred_loss(student, *rest), double_loop(student, *rest)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     gradients = [torch.autograd.grad(value, student)[0] for value in (loss, expected)]
@@ -43,8 +55,8 @@ def test_shifting_logits_and_center_together_changes_nothing():
         torch.randn(9),
     )
     torch.testing.assert_close(
-        dino_loss(student, teacher + shift, center + shift, 0.1, 0.04),
-        dino_loss(student, teacher, center, 0.1, 0.04),
+        centred_loss(student, teacher + shift, center + shift, 0.1, 0.04),
+        centred_loss(student, teacher, center, 0.1, 0.04),
     )
 
 
@@ -54,8 +66,8 @@ def test_same_view_pairs_do_not_count():
     A student that agrees with the teacher on the same view alone gains nothing.
     """
     teacher = torch.tensor([[[9.0, 0, 0]], [[0, 9.0, 0]]])
-    loss = dino_loss(teacher.flip(0), teacher, torch.zeros(3), 0.1, 0.1)
-    assert loss < 1e-3 and dino_loss(teacher, teacher, torch.zeros(3), 0.1, 0.1) > 50
+    loss = centred_loss(teacher.flip(0), teacher, torch.zeros(3), 0.1, 0.1)
+    assert loss < 1e-3 and centred_loss(teacher, teacher, torch.zeros(3), 0.1, 0.1) > 50
 
 
 def test_no_gradient_reaches_the_teacher():
@@ -63,15 +75,16 @@ def test_no_gradient_reaches_the_teacher():
         torch.randn(4, 3, 9, requires_grad=True),
         torch.randn(2, 3, 9, requires_grad=True),
     )
-    dino_loss(student, teacher, torch.zeros(9), 0.1, 0.04).backward()
+    centred_loss(student, teacher, torch.zeros(9), 0.1, 0.04).backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
+    assert not sinkhorn(teacher, 0.04).requires_grad
     assert not batch_center(teacher).requires_grad
 
 
 def test_half_precision_logits_lose_nothing_in_the_loss():
     student, teacher = torch.randn(4, 3, 9).bfloat16(), torch.randn(2, 3, 9).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = dino_loss(student, teacher, torch.zeros(9), 0.1, 0.04)
+        loss = centred_loss(student, teacher, torch.zeros(9), 0.1, 0.04)
     torch.testing.assert_close(
         loss.double(),
         double_loop(student, teacher, torch.zeros(9), 0.1, 0.04),
@@ -100,7 +113,8 @@ def test_entropies_tell_both_collapses():
         (one, (0, 0)),
         (apart, (0, math.log(4))),
     ):
-        assert entropies(logits, torch.zeros(k), 0.04).tolist() == pytest.approx(expected, abs=1e-5)
+        p_t = teacher_probabilities(logits, torch.zeros(k), 0.04)
+        assert entropies(p_t).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def plain_sinkhorn(logits):
@@ -117,13 +131,13 @@ def plain_sinkhorn(logits):
 
 def test_sinkhorn_is_the_plain_rewriting():
     logits = torch.randn(2, 12, 7)
-    got = sinkhorn(logits / 0.1)
+    got = sinkhorn(logits, 0.1)
     wanted = plain_sinkhorn((logits / 0.1).flatten(0, 1))
     torch.testing.assert_close(got.flatten(0, 1).double(), wanted, rtol=1e-4, atol=1e-6)
-    balanced = sinkhorn(logits, rounds=100)
+    balanced = sinkhorn(logits, 1, rounds=100)
     torch.testing.assert_close(balanced.sum(-1), torch.ones(2, 12), rtol=1e-4, atol=0)
     torch.testing.assert_close(balanced.sum((0, 1)), torch.full((7,), 24 / 7), rtol=1e-4, atol=0)
-    assert sinkhorn(1000 * logits).isfinite().all()
+    assert sinkhorn(1000 * logits, 1).isfinite().all()
 
 
 def test_sinkhorn_in_the_centres_place():
@@ -131,7 +145,7 @@ def test_sinkhorn_in_the_centres_place():
     p_t = plain_sinkhorn((teacher / 0.04).flatten(0, 1)).view(2, 3, 9)
     log_p_s = (student.double() / 0.1).log_softmax(-1)
     pairs = [-(p_t[i] * log_p_s[j]).sum(-1).mean() for i in (0, 1) for j in range(4) if i != j]
-    loss = dino_loss(student, teacher, None, 0.1, 0.04)
+    loss = dino_loss(student, sinkhorn(teacher, 0.04), 0.1)
     torch.testing.assert_close(loss.double(), sum(pairs) / len(pairs), rtol=1e-4, atol=1e-6)
 
 
@@ -139,12 +153,12 @@ PROCESSES = """
 import os, torch, torch.distributed as dist
 from loss import sinkhorn
 dist.init_process_group("gloo")
-whole = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0)) / 0.1
+whole = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
 share = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
-part = sinkhorn(whole[:, share])
+part = sinkhorn(whole[:, share], 0.1)
 dist.destroy_process_group()
-torch.testing.assert_close(part, sinkhorn(whole)[:, share], rtol=1e-4, atol=1e-6)
-alone = sinkhorn(whole[:, share])
+torch.testing.assert_close(part, sinkhorn(whole, 0.1)[:, share], rtol=1e-4, atol=1e-6)
+alone = sinkhorn(whole[:, share], 0.1)
 assert (part - alone).abs().max() > 1e-3
 """
 

@@ -82,6 +82,8 @@ def test_photographs_have_a_recipe_of_their_own():
     # as many images in all, whatever their number, but no image too often
     lengths = [with_length(args, images).epochs for images in (50_000, 9_469, 800, 10**7)]
     assert lengths == [13, 68, 250, 1] and args.epochs is None
+    short = with_length(args, 200_000)  # neither warm-up is longer than the run
+    assert (short.epochs, short.warmup_epochs, short.warmup_teacher_temp_epochs) == (3, 1, 2)
     assert with_length(train.parse_args("--data some/photos --epochs 7".split()), 800).epochs == 7
 
 

@@ -61,8 +61,8 @@ def finished(process):
     return out
 
 
-def checkpoint(folder):
-    return torch.load(folder / "last.pth", weights_only=True)
+def checkpoint(folder, name="last.pth"):
+    return torch.load(folder / name, weights_only=True)
 
 
 def steps_of(folder):
@@ -237,6 +237,13 @@ def test_epochs_and_processes_may_change_with_a_note_and_kept_checkpoints_are_fe
     assert steps == list(range(1, 14))
 
 
+def test_a_kept_checkpoint_is_not_lost_with_what_is_drawn_after_it(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "lines", mock.Mock(side_effect=[[], OSError("no space left")]))
+    with pytest.raises(OSError, match="no space left"):
+        train.main(arguments(f"--data {folder} --keep_every 1 --epochs 2 --knn_every 0", tmp_path))
+    assert [checkpoint(tmp_path, name)["step"] for name in ("epoch-0001.pth", "last.pth")] == [3, 3]
+
+
 def test_a_run_goes_on_where_its_images_have_moved_but_not_with_others(folder, tmp_path, capsys):
     flags = "--steps {} --knn_every 0 --data {}"
     run(flags.format(1, folder), tmp_path / "run")
@@ -253,6 +260,7 @@ def test_a_run_goes_on_where_its_images_have_moved_but_not_with_others(folder, t
     assert (tmp_path / "run" / "last.pth").read_bytes() == before
     end = run(flags.format(3, moved) + " --accept_data", tmp_path / "run")
     assert end["step"] == 3 and end["content"]["images"] == 11
+    assert "note: 12 images then, 11 now; epochs and schedules" in capsys.readouterr().out
 
 
 def test_a_second_run_in_the_same_folder_ends_in_one_line_until_the_first_is_gone(tmp_path):

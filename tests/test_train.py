@@ -162,6 +162,15 @@ def test_two_processes_and_accumulation_give_what_one_process_gives(tmp_path):
         assert line["loss"] == pytest.approx(third["loss"], abs=1e-5)
 
 
+def test_sgd_goes_on_when_the_last_layer_is_no_longer_frozen(folder, tmp_path):
+    """Three steps are an epoch; the layer's momentum starts at the fourth."""
+    flags = f"--data {folder} --optimizer sgd --lr 3 --warmup_epochs 0 --epochs 2 --knn_every 0"
+    frozen = run(f"{flags} --freeze_last_layer 1 --steps 3", tmp_path / "run")
+    moved = run(f"{flags} --freeze_last_layer 1 --steps 4", tmp_path / "run")
+    before, after = (end["student"]["head.last_layer.weight_v"] for end in (frozen, moved))
+    assert not torch.equal(before, after)
+
+
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(tmp_path):
     flags = "--drop_path 0.3 --knn_every 0"
     whole = run(f"--steps 6 {flags}", tmp_path / "whole")

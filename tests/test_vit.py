@@ -101,6 +101,7 @@ def test_drop_path_is_the_students_alone_and_keeps_the_mean():
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
     assert abs(dropped.mean().item() - 1) < 0.05
     assert block.eval().drop(x) is x
+    assert vit.ViT(8, 8, 1, 2, 16, drop_path=0.1).blocks[0].drop_path == 0.1
     rates = [b.drop_path for b in small(drop_path=0.1).blocks]
     assert rates == pytest.approx([0, 0.05, 0.1])
 
