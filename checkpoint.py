@@ -61,7 +61,8 @@ def download(name):
 
     ValueError: neither, with the URL and the cache's folder.
     """
-    url, folder = RELEASED_AT + RELEASED[name], Path(torch.hub.get_dir(), "checkpoints")
+    url = RELEASED_AT + RELEASED[name]
+    folder = Path(torch.hub.get_dir(), "checkpoints")
     path = folder / url.split("/")[-1]
     try:
         if not path.exists():

@@ -186,7 +186,8 @@ def evaluate_copydays(args, subject):
 
     is_vit = isinstance(subject.backbone, ViT)
     how = replace(extraction(args, subject), fit=square, size=args.size, gem=is_vit)
-    size, width = how.size_for(subject.backbone), how.width(subject.backbone)
+    size = how.size_for(subject.backbone)
+    width = how.width(subject.backbone)
     if is_vit and size % subject.backbone.patch:
         raise ValueError(f"--size {size} must be divisible by the patch, {subject.backbone.patch}")
     if learned_from and len(learned_from) < width:

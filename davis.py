@@ -250,7 +250,8 @@ def choose_methods(args, subject):
         methods["results"] = partial(read_results, folder=args.results)
         return methods, {"folder": str(args.results)}
     require_vit(subject.backbone, args.checkpoint)
-    short, how = args.size or usual_size(subject.backbone), propagation_of(args)
+    short = args.size or usual_size(subject.backbone)
+    how = propagation_of(args)
     for name, network in subject.networks(args.untrained).items():
         folder = args.write if name == "trained" else None
         methods[name] = partial(carry_first, backbone=network, short=short, how=how, folder=folder)
@@ -282,7 +283,8 @@ def score_all(sequences, methods, rank, world):
     The processes share the sequences.
     """
     total = len(methods) * sum(len(sequence) for sequence in sequences[rank::world])
-    start, done = time.monotonic(), 0
+    start = time.monotonic()
+    done = 0
     sums = torch.zeros(len(sequences), len(methods), 2, 3, dtype=torch.double)
     for i in range(rank, len(sequences), world):
         for m, masks_of in enumerate(methods.values()):

@@ -107,7 +107,8 @@ def knn_of_pixels(train, val, how, ks):
 
     pixels: normalised as for a network; less mean: less their mean over the training images.
     """
-    how, alone = replace(how, size=None, cache=None), val is None
+    how = replace(how, size=None, cache=None)
+    alone = val is None
     bank, bank_labels, queries, labels = bank_and_queries(RawPixels(), train, val, how)
     pixels = knn(bank, bank_labels, queries, labels, ks, alone=alone)
     mean = bank.mean(0)
@@ -170,7 +171,8 @@ def fit_heads(batches, steps, rates, classes, dim, device, world=1):
     heads = repeat(F.pad(weight, (0, 1)), "c d -> s c d", s=len(rates))
     heads = nn.Parameter(heads.to(device, copy=True))
     optimizer = torch.optim.SGD([heads], lr=1.0, momentum=0.9)
-    rates, start = torch.tensor(rates, device=device), time.monotonic()
+    rates = torch.tensor(rates, device=device)
+    start = time.monotonic()
     for step, (x, labels) in enumerate(batches):
         optimizer.param_groups[0]["lr"] = (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.zero_grad()
@@ -296,7 +298,8 @@ def predict(args):
         raise ValueError(f"{str(args.head)!r} is no linear.pth: evaluate.py linear writes one")
     loaded = load_backbone(args.checkpoint, args.network, args.heads)
     device = usable_device(args.device)
-    backbone, weight = loaded.backbone.to(device), head["weight"].to(device)
+    backbone = loaded.backbone.to(device)
+    weight = head["weight"].to(device)
     how = Extraction(device, last=head["last"], mean_patches=head["mean_patches"])
     if head["made_by"] != made_by(backbone, how):
         raise ValueError(f"{str(args.head)!r} belongs to another network than {args.checkpoint}")

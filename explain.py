@@ -55,7 +55,8 @@ def draw_crops(image, crop, rng, path):
 
 def draw_schedules(args, path):
     """Draw the four schedules over the epochs; args: as recipe.parse_args() gives them."""
-    lines, steps = [], 1000
+    lines = []
+    steps = 1000
     for step in range(steps):
         epoch = step * args.epochs / steps
         schedule = recipe.schedules(epoch, args, steps_per_epoch=1, global_batch=256)

@@ -235,7 +235,9 @@ def compute(backbone, images, indices, how):
     """
     out = torch.zeros(len(indices), how.width(backbone), device=how.device)
     read = torch.zeros(len(indices), device=how.device)
-    start, training, done = time.monotonic(), backbone.training, 0
+    start = time.monotonic()
+    training = backbone.training
+    done = 0
     backbone.eval()
     share = [(0, n) for n in range(how.rank, len(indices), how.world)]
     dataset = Crops(images, indices, how.size_for(backbone), fit=how.fit)

@@ -53,7 +53,8 @@ def index_folder(backbone, folder, how):
         is_stale = is_stale or any(read)
         if is_stale and time.monotonic() - kept_at > KEEP_EVERY:
             keep(path, images.paths, stats, features, known)
-            kept_at, is_stale = time.monotonic(), False
+            kept_at = time.monotonic()
+            is_stale = False
     if is_stale:
         keep(path, images.paths, stats, features, known)
 

@@ -30,7 +30,8 @@ def draw(labels, fraction, seed):
     of_class = defaultdict(list)
     for i, label in enumerate(labels):
         of_class[label].append(i)
-    rng, drawn = Random(f"{seed} {fraction}"), []
+    rng = Random(f"{seed} {fraction}")
+    drawn = []
     for _, indices in sorted(of_class.items()):
         drawn += rng.sample(indices, round(fraction * len(indices)))
     return sorted(drawn)

@@ -24,7 +24,8 @@ def read_mask(path):
     """Read a mask: (uint8 [h, w], its palette or None). ValueError: it is no mask."""
     try:
         with open_image(path) as image:
-            palette, is_jpeg = image.getpalette(), image.format == "JPEG"
+            palette = image.getpalette()
+            is_jpeg = image.format == "JPEG"
             if image.mode in ("1", "LA"):
                 image = image.convert("L")
             pixels = pil_to_tensor(image)

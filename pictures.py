@@ -107,7 +107,8 @@ def draw_curve(axis, lines, title, curves, levels=()):
         marker = "." if len(known) < 20 else None
         axis.plot(epochs, values, color=color, label=label, marker=marker)
     for label in levels:
-        level, place = levels[label], axis.get_yaxis_transform()
+        level = levels[label]
+        place = axis.get_yaxis_transform()
         axis.axhline(level, color="gray", linestyle=":")
         beside = "bottom" if level else "top"
         axis.text(1, level, label, transform=place, ha="right", va=beside, fontsize=8)

@@ -226,7 +226,8 @@ def write_masks(film, total, masks, folder, palette):
 
 def draw_strip(film, folder, palette, path):
     """Draw six of a film's frames, with the masks that lie in a folder, as a PNG."""
-    row, shown = {}, torch.linspace(0, len(film) - 1, 6).round().tolist()
+    row = {}
+    shown = torch.linspace(0, len(film) - 1, 6).round().tolist()
     for t, (name, image, _) in enumerate(film):
         if t in shown:
             mask, _ = read_mask(folder / f"{name}.png")
@@ -236,7 +237,8 @@ def draw_strip(film, folder, palette, path):
 
 def carry_film(args):
     """Carry a mask through a film: write each frame's mask, and the film with tinted objects."""
-    how, output = propagation_of(args), choose_output(args)
+    how = propagation_of(args)
+    output = choose_output(args)
     film, first, palette = open_film(args)
     backbone = load_vit(args)
     frames, seen = tee(film)

@@ -125,10 +125,12 @@ def open_subject(args, device, rank, world):
 
     ValueError: it does not load or say what it was trained on, or the folder cannot be written.
     """
-    backbone, data = None, args.data
+    backbone = None
+    data = args.data
     if args.checkpoint:
         loaded = in_turn(lambda: load_backbone(args.checkpoint, args.network, args.heads))
-        backbone, data = loaded.backbone.to(device), data or loaded.trained_with.get("data")
+        backbone = loaded.backbone.to(device)
+        data = data or loaded.trained_with.get("data")
         if data is None:
             raise ValueError(
                 f"{args.checkpoint!r} does not say what it was trained on: give --data"

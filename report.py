@@ -22,7 +22,8 @@ MASKS = 200  # images whose objects a finished run compares with attention
 
 def before_training(run):
     """Say what is about to be trained; test and keep what the networks are at the start."""
-    args, peak = run.args, run.args.lr * run.global_batch / 256
+    args = run.args
+    peak = args.lr * run.global_batch / 256
     say(describe_images(run.images))
     if run.val is not None:
         say(f"held out: {describe_images(run.val)}")
@@ -90,7 +91,8 @@ def affordable(run, size, count):
     That is ten seconds, or a tenth of the run's time so far. It is measured on blank images; on a
     GPU it is taken to be so.
     """
-    device, backbone = run.state.center.device, run.state.teacher.backbone
+    device = run.state.center.device
+    backbone = run.state.teacher.backbone
     if device.type != "cpu":
         return True
     training = backbone.training
@@ -168,7 +170,8 @@ def finish(run):
     """Draw the pictures, and say where everything is and what came of it."""
     if not run.main:
         return
-    backbone, output = run.state.teacher.backbone, run.args.output
+    backbone = run.state.teacher.backbone
+    output = run.args.output
     is_vit = isinstance(backbone, ViT)
     draw_curves(run.lines(), output / "curves.png", run.args.out_dim)
     files = ["last.pth", "curves.png"]
@@ -208,7 +211,8 @@ def say_jaccard(run):
     """Compare attention with the built-in images' objects (Figure 4)."""
     teacher, student = run.state.teacher.backbone, run.state.student.backbone.eval()
     networks = [teacher, student, untrained(teacher)]
-    images, device = Shapes("val", MASKS), run.state.center.device
+    images = Shapes("val", MASKS)
+    device = run.state.center.device
     means, *_ = attention_masks(networks, images, device, usual_size(teacher))
     teacher, student, fresh = means[:, 0].tolist()
     say(

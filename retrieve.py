@@ -81,7 +81,8 @@ def search(args, subject):
     """Print the images of the folder that are nearest to each query, and draw them."""
     how, found = open_index(args, subject)
     root = Path(subject.data)
-    rows, queries = [], 0
+    rows = []
+    queries = 0
     for source in args.query:
         for path, image in stills(source):
             feature = F.normalize(represent_image(subject.backbone, image, how), dim=-1).cpu()

@@ -117,7 +117,8 @@ def attend_to_objects(networks, images, device, short, mass=0.6, rank=0, world=1
     Images are fit to whole patches near short pixels, objects like them. Returns (sums, counts),
     how many objects each image has; 0: none, or it cannot be read. ValueError: that is all of them.
     """
-    heads, start = networks[0].heads, time.monotonic()
+    heads = networks[0].heads
+    start = time.monotonic()
     sums = torch.zeros(len(images), len(networks), 1 + heads, dtype=torch.float64)
     counts = torch.zeros(len(images), dtype=torch.long)
     for i in range(rank, len(images), world):
@@ -192,7 +193,8 @@ def evaluate_masks(args, subject):
     require_vit(subject.backbone, args.checkpoint)
     images = in_turn(lambda: load_with_masks(subject.data, args.masks))
     networks = subject.networks(args.untrained)
-    short, device = args.size or usual_size(subject.backbone), subject.device
+    short = args.size or usual_size(subject.backbone)
+    device = subject.device
     sums, counts = attend_to_objects(
         list(networks.values()), images, device, short, args.mass, subject.rank, subject.world
     )

@@ -73,7 +73,8 @@ def draw_emergence(images, kept, path):
 
     kept: {step: what attend() gave for each of the images}.
     """
-    rows, steps = [], sorted(kept)
+    rows = []
+    steps = sorted(kept)
     for i, image in enumerate(images):
         image = shown(image)
         row = {"image": rearrange(image, "c h w -> h w c")}
@@ -110,7 +111,8 @@ def side_by_side(backbone, film, short=None, mass=0.6, smooth=False):
 
     All are of the first frame's size.
     """
-    size, start = None, time.monotonic()
+    size = None
+    start = time.monotonic()
     for i, (_, image, duration) in enumerate(film):
         size = size or image.shape[1:]
         image = resize(image, *size)
