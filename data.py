@@ -146,9 +146,9 @@ def is_hidden(name):
 def split_folder(root, split):
     """Return the folder that holds a split, or None if there is no such split.
 
-    A root like ImageNet's has a folder named as in TRAINING, and may have one as in HELD_OUT; a root
-    that is itself such a training folder may have the other beside it. Without these, the whole root is the
-    training split; of one like Pascal VOC's or DAVIS's it is the photographs, not their masks.
+    A root like ImageNet's has a folder named as in TRAINING, and may have one as in HELD_OUT; a
+    root that is itself such a training folder may have the other beside it. Without these, the
+    whole root is the training split; of one like Pascal VOC's or DAVIS's it is the photographs.
     """
     root = Path(root).absolute()
     if (root / "JPEGImages").is_dir():

@@ -70,7 +70,8 @@ def dilate(edges, radius):
     h, w = edges.shape[1:]
     grown = torch.zeros_like(edges)
     so_far = F.pad(edges, (radius + 1, radius)).cumsum(2, dtype=torch.int32)
-    for y in range(-radius, radius + 1):
+    reach = min(radius, h - 1)
+    for y in range(-reach, reach + 1):
         x = math.isqrt(radius**2 - y**2)
         last, before = radius + 1 + x, radius - x
         row = so_far[:, :, last : last + w] > so_far[:, :, before : before + w]  # 2 x + 1 wide
@@ -243,8 +244,10 @@ def read_results(sequence, folder):
 
 
 def choose_methods(args, subject):
-    """({name: function of a sequence that yields its masks}, their settings): copied, and others.
-    """
+    """Return what is compared, {name: function(sequence) -> its masks}, and the settings."""
+    data = Path(subject.data).resolve()
+    if args.write and data.is_dir() and args.write.resolve().is_relative_to(data):
+        raise ValueError(f"--write {args.write} is in {subject.data!r}: its masks must stay")
     methods = {"copied": copy_first}
     if args.results:
         methods["results"] = partial(read_results, folder=args.results)

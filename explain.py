@@ -124,7 +124,9 @@ def draw_targets(logits, center, student_temp, teacher_temp, path):
 
 def crops(args, path):
     recipe.check(args)
-    _, image = next(stills(args.image))
+    _, image = next(stills(args.image), (None, None))
+    if image is None:
+        raise ValueError(f"no image in {str(args.image)!r} can be read")
     draw_crops(image, MultiCrop(*recipe.crop_settings(args)), Random(args.seed), path)
 
 
@@ -164,12 +166,12 @@ def parse_args(argv=None):
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
         parser.add_argument("checkpoint", type=Path, help="a run's last.pth")
         parser.add_argument("--data", help="(default: what it was trained on)")
-        parser.add_argument("--output", type=Path)
+        parser.add_argument("--output", type=Path, help="the picture's folder (default: this one)")
     else:
         flags = ["--arch", "vit_small", *flags]
         parser = recipe.build_parser(__doc__, flags)
     if kind == "crops":
-        parser.add_argument("image", type=Path)
+        parser.add_argument("image", type=Path, help="an image, or a folder with one")
     parser.prog = f"visualize.py {kind}"
     args = parser.parse_args(flags)
     args.output = args.output or Path()  # of the picture, here

@@ -228,14 +228,15 @@ def extract(backbone, images, indices, how):
 
 
 @torch.no_grad()
-def compute(backbone, images, indices, how):
+def compute(backbone, images, indices, how, span=None):
     """Return the features of the given images, [n, d], and whether each could be read, [n] bools.
 
-    The processes share the images.
+    The processes share the images. span, for the progress of a longer work that this is part of:
+    (how many images are done, of how many, since when).
     """
     out = torch.zeros(len(indices), how.width(backbone), device=how.device)
     read = torch.zeros(len(indices), device=how.device)
-    start = time.monotonic()
+    before, total, start = span or (0, len(indices), time.monotonic())
     training = backbone.training
     done = 0
     backbone.eval()
@@ -248,7 +249,7 @@ def compute(backbone, images, indices, how):
         out[good] = represent(backbone, crops[n >= 0], how)
         read[good] = 1.0
         done += how.world * len(n)
-        progress("features", min(done, len(indices)), len(indices), start)
+        progress("features", before + min(done, len(indices)), total, start)
     backbone.train(training)
 
     return combine(out, how.world), combine(read, how.world).bool().tolist()

@@ -29,8 +29,6 @@ def write_whole(path, write):
             raise OSError(f"{arrived} of {length} bytes arrived")
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
         if isinstance(error, NotWritten):  # another file, that write() wrote
             raise
         # torch's writer turns what interrupts it into an error of its own: the system's, but also
@@ -42,6 +40,9 @@ def write_whole(path, write):
         full = " (is the disk full?)" if is_full(error) else ""
         line = f"cannot write {path}{full}: {reason}; what was there before stands"
         raise NotWritten(line) from None
+    finally:
+        with contextlib.suppress(OSError):  # it has been moved
+            os.unlink(beside)
     if os.name == "posix":
         folder = os.open(Path(path).parent, os.O_RDONLY)
         os.fsync(folder)  # the move itself

@@ -47,8 +47,10 @@ def index_folder(backbone, folder, how):
 
     missing = (~known).nonzero()[:, 0].tolist()
     kept_at = time.monotonic()
-    for chunk in (missing[i : i + CHUNK] for i in range(0, len(missing), CHUNK)):
-        computed, read = compute(backbone, images, chunk, how)
+    start = time.monotonic()
+    for done in range(0, len(missing), CHUNK):
+        chunk = missing[done : done + CHUNK]
+        computed, read = compute(backbone, images, chunk, how, (done, len(missing), start))
         features[chunk], known[chunk] = computed.cpu(), torch.tensor(read)
         is_stale = is_stale or any(read)
         if is_stale and time.monotonic() - kept_at > KEEP_EVERY:

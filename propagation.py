@@ -200,10 +200,18 @@ def open_film(args):
 
 
 def choose_output(args):
-    """Return the folder for the masks. ValueError: it is the film's, or --strip has no folder."""
+    """Return the folder for the masks.
+
+    ValueError: what is written there might replace the film or its mask, or --strip has no folder.
+    """
     output = args.output or Path(f"{Path(args.film).absolute()}_masks")
-    if output.resolve().is_relative_to(Path(args.film).resolve()):
-        raise ValueError(f"--output {output} is in the film's folder: its frames must stay")
+    film = Path(args.film).resolve()
+    read = [path.resolve() for path in (film, args.mask) if path]
+    beside = [path.parent for path in read if path.is_file()]
+    if output.resolve().is_relative_to(film) or output.resolve() in beside:
+        raise ValueError(f"--output {output} holds the film or its mask, and these must stay")
+    if args.strip and (args.strip.resolve().is_relative_to(film) or args.strip.resolve() in read):
+        raise ValueError(f"--strip {args.strip} would replace the film or its mask")
     if args.strip and not args.strip.absolute().parent.is_dir():
         raise ValueError(f"--strip {args.strip}: there is no such folder")
     return output

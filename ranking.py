@@ -49,16 +49,15 @@ def rankings(queries, database):
         yield from (part @ database.T).argsort(dim=-1, descending=True, stable=True).cpu()
 
 
-def mean_average_precision(queries, database, positives, junk=None):
-    """Return mAP in per cent; positives, junk: for each query a list of indices.
+def mean_average_precision(queries, database, positives):
+    """Return mAP in per cent; positives: for each query a list of indices.
 
     A query without a positive is left out. ValueError: that is all of them.
     """
     values = []
     for i, order in enumerate(rankings(queries, database)):
         if positives[i]:
-            ranks = ranks_of(order, positives[i], junk[i] if junk else ())
-            values.append(average_precision(ranks))
+            values.append(average_precision(ranks_of(order, positives[i])))
     if not values:
         raise ValueError("no query has a positive")
     return 100 * sum(values) / len(values)

@@ -44,7 +44,7 @@ BLOCK = (1024, 4096)  # similarities computed at once: 16 MB
 def open_index(args, subject):
     """Return (Extraction, Index) of the folder --data, without the pictures that we draw there.
 
-    ValueError: it is not a folder.
+    ValueError: it is not a folder, or holds nothing else.
     """
     if not Path(subject.data).is_dir():
         raise ValueError(
@@ -56,6 +56,8 @@ def open_index(args, subject):
     ours = [subject.folder.resolve() / name for name in ("search.png", "copies.png")]
     root = Path(subject.data).resolve()
     kept = [i for i, name in enumerate(found.names) if root / name not in ours]
+    if not kept:
+        raise ValueError(f"--data {subject.data} holds nothing but the pictures drawn there")
     if len(kept) < len(found.names):
         found = Index([found.names[i] for i in kept], found.features[kept])
     return how, found

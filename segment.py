@@ -93,20 +93,18 @@ def jaccard(masks, objects, void):
 def read_objects(images, i, short, patch):
     """Return (image, objects, void), uint8 [3, h, w] and bool [o, h, w] and [h, w], all fit.
 
-    None: the image cannot be read, is too long a strip, or shows no object.
+    None: it shows no object. Whatever a decoder may raise: the image or its mask cannot be read.
+    ValueError: it is too large, or too long a strip.
     """
-    try:
-        image, mask = images[i], images.mask(i)
-        if mask is None:
-            return None
-        if mask.shape != image.shape[1:]:
-            mask = resize_mask(mask, *image.shape[1:])
-        image = fit_to_patches(image, short, patch)
-        numbers = numbers_in(mask)
-        masks = torch.stack([mask == number for number in (VOID, *numbers)])
-        masks = fit_to_patches(255 * masks.byte(), short, patch) > 127
-    except Exception:  # whatever a decoder may raise
+    image, mask = images[i], images.mask(i)
+    if mask is None:
         return None
+    if mask.shape != image.shape[1:]:
+        mask = resize_mask(mask, *image.shape[1:])
+    image = fit_to_patches(image, short, patch)
+    numbers = numbers_in(mask)
+    masks = torch.stack([mask == number for number in (VOID, *numbers)])
+    masks = fit_to_patches(255 * masks.byte(), short, patch) > 127
     return (image, masks[1:], masks[0]) if numbers else None
 
 
@@ -121,9 +119,14 @@ def attend_to_objects(networks, images, device, short, mass=0.6, rank=0, world=1
     start = time.monotonic()
     sums = torch.zeros(len(images), len(networks), 1 + heads, dtype=torch.float64)
     counts = torch.zeros(len(images), dtype=torch.long)
+    reason = ""
     for i in range(rank, len(images), world):
         progress("images", i + 1, len(images), start)
-        found = read_objects(images, i, short, networks[0].patch)
+        try:
+            found = read_objects(images, i, short, networks[0].patch)
+        except Exception as error:  # whatever a decoder may raise
+            found = None
+            reason = reason or f" (the first that cannot be read, {images.name(i)!r}: {error})"
         if found is not None:
             index = image_jaccard(networks, *found, device, mass)
             best = index.amax(2, keepdim=True)
@@ -132,8 +135,8 @@ def attend_to_objects(networks, images, device, short, mass=0.6, rank=0, world=1
     sums, counts = combine(sums, world), combine(counts, world)
     if not counts.any():
         raise ValueError(
-            f"none of {len(images)} images says where its objects are: take shapes, voc2012, "
-            "a folder of images with an alpha channel, or --masks"
+            f"none of {len(images)} images says where its objects are{reason}: take shapes, "
+            "voc2012, a folder of images with an alpha channel, or --masks"
         )
     return sums, counts
 
@@ -283,9 +286,8 @@ def main(args):
     else:
         if bool(args.checkpoint) == bool(args.results):
             raise ValueError("give either a checkpoint, or --results with masks that are written")
-        data = Path(args.data or "shapes").resolve()
-        if args.write and args.write.resolve().is_relative_to(data):
-            raise ValueError(f"--write {args.write} is in --data: its masks must stay")
+        if args.results and (args.write or args.untrained):
+            raise ValueError("--results are measured as they are, without --write or --untrained")
         if args.results and not args.data:
             raise ValueError("give --data, the sequences that the results belong to")
         run_protocol(args, evaluate_davis)

@@ -177,8 +177,9 @@ def place_for(path, source, ending, output, written):
     """Choose where a picture goes: beside its image, beside its folder, or in --output."""
     folder = output or Path(f"{source.resolve()}_attention")
     if path == source:
-        folder = output or source.parent
-    place = folder / path.relative_to(source).parent / f"{path.stem}_attention{ending}"
+        folder = output or source.absolute().parent
+    stem = path.absolute().stem
+    place = folder / path.relative_to(source).parent / f"{stem}_attention{ending}"
     while place in written:  # a.png and a.jpg
         place = place.with_stem(f"{place.stem}_")
     written.add(place)
@@ -198,7 +199,14 @@ def draw_source(backbone, source, args, written):
         return
     for path, image in stills(source):
         place = place_for(path, source, ".png", args.output, written)
-        draw_attention(backbone, [image], place, args.size, args.mass, args.smooth)
+        try:
+            draw_attention(backbone, [image], place, args.size, args.mass, args.smooth)
+        except ValueError as error:
+            if path == source:
+                raise
+            written.remove(place)
+            say(f"{path}: {error}; left out")
+            continue
         if args.panels:
             maps = attend(backbone, image, args.size[0])
             for title, pixels in panels(image, *maps, args.mass, args.smooth).items():

@@ -79,6 +79,8 @@ def put_images(place):
     folder("bad/b", 11, lambda i: True)
     for name in ("text", "empty", "split/train", "nothing/val/a"):
         (place / name).mkdir(parents=True)
+    (place / "unreadable").mkdir()
+    (place / "unreadable" / "a.png").write_text("no image")
     (place / "text" / "readme.txt").write_text("no image")
     image.save(place / "image.png")
     folder("sizes", 3)
@@ -194,6 +196,7 @@ OTHERS = [
     ("evaluate.py predict bare.pth bare.pth image.png", "'bare.pth' is no linear.pth"),
     ("evaluate.py predict bare.pth nowhere.pth image.png", "no checkpoint at 'nowhere.pth'"),
     ("segment.py masks bare.pth --data good", "none of 8 images says where its objects are"),
+    ("segment.py masks bare.pth --data good --masks good", "'good/train/a/0.png': 'good/"),
     ("segment.py masks bare.pth --data good --size 0", "--size 0 must be positive"),
     ("segment.py masks bare.pth --data good --mass 1.5", "--mass 1.5 must not be above 1"),
     ("segment.py masks resnet.pth --data good", "a convnet has no attention"),
@@ -214,15 +217,19 @@ OTHERS = [
     ("segment.py video bare.pth few --mask mask.png --nearest 0", "--nearest 0 must be from 1 to"),
     ("segment.py video bare.pth few --mask mask.png --fps 0", "--fps 0.0 must be positive"),
     ("segment.py video bare.pth few --mask mask.png --output image.png", "image.png"),
-    ("segment.py video bare.pth few --mask mask.png --output few/out", "its frames must stay"),
+    ("segment.py video bare.pth few --mask mask.png --output few/out", "these must stay"),
+    ("segment.py video bare.pth few --mask mask.png --output .", "holds the film or its mask"),
+    ("segment.py video bare.pth few --mask mask.png --strip few/a.png", "would replace the film"),
+    ("segment.py video bare.pth few --mask mask.png --strip mask.png", "would replace the film"),
     ("segment.py video bare.pth few --mask mask.png --strip nowhere/a.png", "no such folder"),
     ("segment.py video bare.pth few --mask mask.png --radius 2000", "must be from 0 to 1000"),
     ("segment.py video resnet.pth few --mask mask.png", "a convnet has no attention and no patch"),
     ("segment.py davis resnet.pth --data shapes", "a convnet has no attention and no patch"),
     ("segment.py davis bare.pth --data good", "'good' is not in DAVIS's layout"),
     ("segment.py davis bare.pth --data nowhere", "no folder 'nowhere'"),
-    ("segment.py davis bare.pth --data good --write good/train", "--write good/train is in --data"),
+    ("segment.py davis bare.pth --data good --write good/train", "--write good/train is in 'good'"),
     ("segment.py davis --data shapes", "give either a checkpoint, or --results"),
+    ("segment.py davis --data good --results few --write a", "without --write or --untrained"),
     ("segment.py davis --results few", "give --data, the sequences that the results belong to"),
     ("segment.py davis --data shapes --results nowhere", "a result is missing: 'nowhere/film 1/"),
     ("evaluate.py knn bare.pth --data good --output text.jpg", "text.jpg"),
@@ -232,6 +239,7 @@ OTHERS = [
     ("evaluate.py knn bare.pth --data good --workers -1", "--workers -1 must not be negative"),
     ("evaluate.py knn bare.pth --data good --device cuda:99",
      "--device cuda:99 cannot be used here"),
+    ("visualize.py crops unreadable", "no image in 'unreadable' can be read"),
     ("visualize.py bare.pth", "no images given"),
     ("visualize.py nowhere.pth image.png", "no checkpoint at 'nowhere.pth'"),
     ("visualize.py bare.pth nowhere.png", "cannot read 'nowhere.png'"),

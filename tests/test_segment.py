@@ -96,6 +96,9 @@ class Two:
             raise OSError
         return torch.zeros(3, 8 * self.scale, 8 * self.scale, dtype=torch.uint8)
 
+    def name(self, i):
+        return str(i)
+
     def mask(self, i):
         if i != 0:
             return None

@@ -13,6 +13,7 @@ import torch
 import train
 from backbone import build_backbone
 from conftest import ROOT, TINY
+from files import write_whole
 from optimizer import build_optimizer
 from run import Run
 from shapes import Shapes
@@ -207,6 +208,15 @@ def test_a_checkpoint_that_does_not_arrive_whole_leaves_the_one_before(tmp_path,
     with pytest.raises(OSError, match=r"cannot write .*last.pth .*50000 of \d+ bytes arrived"):
         run(f"{FLAGS} --steps 6", tmp_path)
     assert (tmp_path / "last.pth").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_interrupted_file_leaves_nothing_beside_it(tmp_path):
+    def interrupted(file):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "film.gif", interrupted)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_crash_may_cut_the_log_and_leave_half_a_file(tmp_path):

@@ -188,6 +188,27 @@ def test_a_film_keeps_its_length_its_times_and_what_moves(tmp_path, monkeypatch,
             assert divmod(light.argmax().item(), 8) == (1, i)
 
 
+def test_a_film_of_the_working_folder_lies_beside_its_frames(tmp_path, monkeypatch):
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for i in range(2):
+        Image.new("RGB", (64, 32)).save(frames / f"{i}.png")
+    monkeypatch.setattr(protocol, "load_backbone", lambda *args: Loaded(bright(), {}, "bright"))
+    monkeypatch.chdir(frames)
+    drawn(["any", ".", "--size", 32, "--fps", 5])
+    assert sorted(p.name for p in frames.iterdir()) == ["0.png", "1.png"]
+    assert (tmp_path / "frames_attention.gif").exists()
+
+
+def test_too_long_a_strip_in_a_folder_is_left_out(tmp_path, monkeypatch, capsys):
+    for name, size in (("long", (30_000, 10)), ("image", (64, 32))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    monkeypatch.setattr(protocol, "load_backbone", lambda *args: Loaded(bright(), {}, "bright"))
+    drawn(["any", tmp_path, "--size", 256, "--output", tmp_path / "out"])
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["image_attention.png"]
+    assert "long.png: an image of 30000 x 10" in capsys.readouterr().out
+
+
 def test_a_film_is_written_frame_by_frame(tmp_path, monkeypatch):
     made, alive, real = [], [], Image.Image.quantize
 
