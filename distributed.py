@@ -123,11 +123,9 @@ def processes(name):
         )
     try:
         yield device, rank, world
-        meet()
+        part()
     finally:
         let_go()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def parallel(module, device, world):
@@ -173,6 +171,16 @@ def meet():
     """Wait for all processes: torch 2.6 hangs if one parts while another still works."""
     if dist.is_initialized():
         dist.barrier(patient_group())
+
+
+def part():
+    """Leave the other processes, once all have come here.
+
+    On an error nobody parts: on GPUs parting waits for the others, who wait for this one.
+    """
+    meet()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def in_turn(function):

@@ -8,7 +8,7 @@ import torch
 
 from backbone import trained_at, untrained
 from data import are_constant, describe_images, evenly, read_or_next
-from distributed import in_turn, mean_over_processes, meet
+from distributed import in_turn, mean_over_processes, part
 from evaluate import knn_of
 from features import Extraction, usual_size
 from segment import attend, attention_masks
@@ -70,18 +70,18 @@ def after_step(run, done, schedule, figures, grad_norm):
         run.watch(epoch, entropy, mean_entropy, kl)
         run.progress(done, loss, entropy)
         run.norms.clear()
-    if ended and args.knn_every and (round(epoch) % args.knn_every == 0 or done == run.total):
-        test_knn(run, done)
     if ended and args.keep_every and round(epoch) % args.keep_every == 0:
         run.save(f"epoch-{round(epoch):04d}.pth", done)  # before last.pth, to be made if that is
     if saves:
         run.save("last.pth", done)
+    if ended and args.knn_every and (round(epoch) % args.knn_every == 0 or done == run.total):
+        test_knn(run, done)
     if ended and run.main:
         draw_curves(run.lines(), output / "curves.png", args.out_dim)
     if stop:
         name = signal.Signals(stop).name
         say(f"stopped by {name} after step {done}: the same command goes on from there")
-        meet()
+        part()
         sys.exit(128 + stop)
 
 

@@ -17,10 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-# From batch systems and Ctrl-C; not every system has every signal.
-STOP_SIGNALS = [
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
-]
+# From batch systems, Ctrl-C and a closed terminal; not every system has every signal.
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 RECEIVED = []  # the signals that have asked this process to stop
 LOADER_DIED = "a process that loads images was killed (often for its memory: lower --workers)"
 GOES_ON = "; the same command goes on from the last checkpoint"  # said of train.py
@@ -28,9 +27,10 @@ REASONS = {  # what torch's errors say -> what that means here
     r"shared memory|\bshm\b|/torch_\d+": "the shared memory (/dev/shm) that loading processes need "
     "is full: lower --workers (0 needs none), or enlarge it (docker run --shm-size)",
     "[Tt]oo many open files": "too many open files: lower --workers, or allow more (ulimit -n)",
-    r"DataLoader worker \(pid": LOADER_DIED,
+    r"DataLoader worker \(pid|Pin memory thread": LOADER_DIED,
     r"C\+\+ compiler|[Cc]ompiler: .* not found": "--compile needs a C++ compiler, and finds none",
-    "Connection closed by peer|gloo|NCCL": "another process of this run died or hangs",
+    "Connection (closed|reset) by peer|[Tt]ime(d )?out|remote process exited": "another process of "
+    "this run died or hangs",
 }
 OUT_OF_MEMORY = "allocate memory|out of memory"
 _last_status = [0.0]
@@ -169,11 +169,15 @@ def finite(value):
 
 
 def on_signal(number, frame):
-    """Let the step end and a checkpoint be written; at the second signal end at once."""
+    """Let the step end and a checkpoint be written; at a second Ctrl-C end at once.
+
+    Other signals may come twice: from a batch system, and from torchrun, which passes its own on.
+    """
     RECEIVED.append(number)
-    if len(RECEIVED) == 2:
+    interrupts = RECEIVED.count(signal.SIGINT)
+    if number == signal.SIGINT and interrupts == 2:
         sys.exit(128 + number)
-    if len(RECEIVED) > 2:  # the exit hangs
+    if number == signal.SIGINT and interrupts > 2:  # the exit hangs
         os._exit(128 + number)
 
 
@@ -181,7 +185,9 @@ def listen():
     """From here on, let signals end a step, not the process. Before, there is nothing to save."""
     RECEIVED.clear()
     for number in STOP_SIGNALS:
-        signal.signal(number, on_signal)
+        ignored = signal.getsignal(number) == signal.SIG_IGN
+        if not (ignored and signal.Signals(number).name == "SIGHUP"):  # as it is under nohup
+            signal.signal(number, on_signal)
 
 
 def end_children():

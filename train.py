@@ -124,7 +124,8 @@ def build_networks(args, device, world):
     """Return student and teacher, alike at the start; no gradient reaches the teacher."""
     torch.manual_seed(args.seed)
     if args.init:
-        backbone = start_from(args.init, args.arch, args.patch, args.drop_path, args.global_size)
+        sizes = args.arch, args.patch, args.drop_path, args.global_size
+        backbone = in_turn(lambda: start_from(args.init, *sizes))
     else:
         backbone = build_backbone(args.arch, args.patch, args.global_size, args.drop_path)
     sizes = args.out_dim, args.hidden_dim, args.bottleneck_dim

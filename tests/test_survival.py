@@ -135,13 +135,17 @@ def test_a_process_that_loads_images_and_dies_ends_the_run_with_one_line(tmp_pat
     assert checkpoint(tmp_path)["step"] > 0
 
 
-@pytest.mark.parametrize("processes, number", [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "processes, number", [(1, signal.SIGUSR1), (1, signal.SIGHUP), (2, signal.SIGTERM)]
+)
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
     tmp_path, temporary_files, processes, number
 ):
     process = start(tmp_path, 100_000, processes)
     wait_for(tmp_path, 10, process)
     os.killpg(process.pid, number)  # as a batch system does: to the loader's processes too
+    if processes == 1:
+        os.killpg(process.pid, number)  # it comes by way of torchrun, too
     out, _ = process.communicate(timeout=60)
     assert f"stopped by {number.name} after step" in out
     if processes == 1:

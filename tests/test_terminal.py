@@ -155,7 +155,7 @@ def test_a_system_without_sigusr1_has_the_other_signals(monkeypatch):
     monkeypatch.delattr(signal, "SIGCHLD")
     there = importlib.util.module_from_spec(importlib.util.find_spec("terminal"))
     there.__spec__.loader.exec_module(there)
-    assert there.STOP_SIGNALS == [signal.SIGTERM, signal.SIGINT]
+    assert there.STOP_SIGNALS == [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
     there.end_children()
 
 
