@@ -441,12 +441,13 @@ def test_two_processes_print_what_one_prints(folder, checkpoint, tmp_path, capsy
     out = tmp_path / "out"
     same = [str(checkpoint), "--data", str(folder), "--device", "cpu", "--output", str(out)]
     reading = ["--workers", "0", "--batch"]
+    train = ["--data", str(folder / "train"), "--cache"]  # none of these is among the queries
     commands = [
         ["knn", *same, "--k", "3", "30", "--cache", *reading, "6"],
         ["knn", *same, "--k", "4", "--data", str(folder / "val"), "--cache", *reading, "6"],
         ["masks", *same, "--size", "16"],
-        ["davis", *same, "--data", "shapes", "--size", "16", "--context", "1"],
-        ["search", same[0], str(folder / "val" / "größe"), *same[1:], "--cache", *reading, "6"],
+        ["davis", *same, "--data", "shapes", "--size", "32", "--context", "1"],
+        ["search", same[0], str(folder / "val" / "größe"), *same[1:], *train, *reading, "6"],
         ["copies", *same, "--threshold", "0.99", *reading, "6"],
         ["linear", *same, "--epochs", "3", *reading, "6"],
         ["linear", *same, "--cached", "--epochs", "3", *reading, "6"],
