@@ -156,7 +156,7 @@ def color_jitter(x, factors, order):
 
 
 def gaussian_blur(x, sigma, radius=6):
-    """Convolve with exp(-r^2 / (2 sigma^2)); sigma [b] in pixels, radius 3 x the largest, 2."""
+    """Convolve with exp(-r^2 / (2 sigma^2)); sigma [b], radius in pixels (3 x 2, the largest)."""
     radius = min(radius, x.shape[2] - 1, x.shape[3] - 1)
     r = torch.arange(-radius, radius + 1, device=x.device)
     taps = (-0.5 * (r / sigma[:, None]) ** 2).exp()

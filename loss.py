@@ -15,8 +15,7 @@ def teacher_probabilities(teacher, center, teacher_temp):
     """Eq. 1 for the teacher, centred: P_t = softmax((g_t - C) / tau_t), [t, b, k].
 
     Centring keeps one output from winning everywhere; the low tau_t sharpens, against the uniform
-    output. As in Algorithm 1, C is subtracted; the text of section 3.1 adds it. No gradient reaches
-    the teacher.
+    output. As in Algorithm 1, C is subtracted; section 3.1 adds it. No gradient reaches g_t.
     """
     return F.softmax((teacher.detach().float() - center) / teacher_temp, dim=-1)
 
@@ -41,7 +40,7 @@ def sinkhorn(teacher, teacher_temp, rounds=3):
 def dino_loss(student, p_t, student_temp):
     """Eq. 3: the mean over pairs of different views of H(P_t(x), P_s(x')), and over the batch.
 
-    H(a, b) = -sum_k a_k log b_k, Eq. 2. Returns a scalar, in nats.
+    p_t [t, b, k]; H(a, b) = -sum_k a_k log b_k, Eq. 2. Returns a scalar, in nats.
     """
     total, pairs = 0.0, 0
     for j, logits in enumerate(student.unbind()):
@@ -69,7 +68,7 @@ def update_center(center, mean, center_momentum):
 
 
 def entropies(p_t):
-    """Return, in nats, the mean entropy of P_t and the entropy of its mean over the batch, [2].
+    """Return, in nats, P_t's mean entropy and the entropy of its mean over the batch, [2].
 
     Collapse to one output sends both to 0, collapse to the uniform output both to ln K; in either,
     KL(P_t, P_s) = loss - entropy goes to 0 (Figure 7). The mean is this process's own.

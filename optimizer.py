@@ -14,7 +14,8 @@ def build_optimizer(name, network, device, dtype):
         optimizer = torch.optim.AdamW(groups, fused=True)
     else:
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
-        for p in network.parameters():  # torch's first step would leave out what is frozen then
+        # torch makes them at its first step, and none for what is frozen then
+        for p in network.parameters():
             if p.requires_grad:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     if dtype is torch.float16:

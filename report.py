@@ -71,7 +71,7 @@ def after_step(run, done, schedule, figures, grad_norm):
         run.progress(done, loss, entropy)
         run.norms.clear()
     if ended and args.keep_every and round(epoch) % args.keep_every == 0:
-        run.save(f"epoch-{round(epoch):04d}.pth", done)  # before last.pth, to be made if that is
+        run.save(f"epoch-{round(epoch):04d}.pth", done)  # before last.pth, from which a run goes on
     if saves:
         run.save("last.pth", done)
     if ended and args.knn_every and (round(epoch) % args.knn_every == 0 or done == run.total):

@@ -90,8 +90,8 @@ class Run:
             hold_folder(self.args.output)
         path = self.args.output / "last.pth"
         # --overwrite starts anew, but a restart by torchrun goes on
-        restarts = agree(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
-        anew = self.args.overwrite and not restarts
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        anew = self.args.overwrite and not restarted
         if path.exists() and not anew:
             self.load(path)
         latest, earliest = agree(self.first), -agree(-self.first)

@@ -126,7 +126,8 @@ def attend_to_objects(networks, images, device, short, mass=0.6, rank=0, world=1
             found = read_objects(images, i, short, networks[0].patch)
         except Exception as error:  # whatever a decoder may raise
             found = None
-            reason = reason or f" (the first that cannot be read, {images.name(i)!r}: {error})"
+            why = str(error).splitlines()[:1] or [type(error).__name__]
+            reason = reason or f" (the first that cannot be read, {images.name(i)!r}: {why[0]})"
         if found is not None:
             index = image_jaccard(networks, *found, device, mass)
             best = index.amax(2, keepdim=True)

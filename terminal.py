@@ -6,6 +6,7 @@ Of several processes that torchrun has started, the first alone prints.
 
 import atexit
 import contextlib
+import errno
 import io
 import json
 import math
@@ -29,8 +30,8 @@ REASONS = {  # what torch's errors say -> what that means here
     "[Tt]oo many open files": "too many open files: lower --workers, or allow more (ulimit -n)",
     r"DataLoader worker \(pid|Pin memory thread": LOADER_DIED,
     r"C\+\+ compiler|[Cc]ompiler: .* not found": "--compile needs a C++ compiler, and finds none",
-    "Connection (closed|reset) by peer|[Tt]ime(d )?out|remote process exited": "another process of "
-    "this run died or hangs",
+    "[Cc]onnection (was likely )?(closed|reset)|Socket closed|Timed out waiting|gloo/transport":
+    "another process of this run died or hangs",
 }
 OUT_OF_MEMORY = "allocate memory|out of memory"
 _last_status = [0.0]
@@ -55,10 +56,22 @@ def say(line, file=None):
         return
     clear_status()
     try:
-        print(line, file=file, flush=True)
+        print_line(line, file)
     except BrokenPipeError:  # nobody reads on, as in `command | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def print_line(line, file, end="\n"):
+    """Print; once the terminal has been closed, to nowhere."""
+    try:
+        print(line, file=file, end=end, flush=True)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
 
 
 def status(line, every=10):
@@ -66,10 +79,10 @@ def status(line, every=10):
     if not first_process():
         return
     if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        print_line(f"\r\033[K{line}", sys.stderr, end="")
     elif time.monotonic() - _last_status[0] > every:
         _last_status[0] = time.monotonic()
-        print(line, file=sys.stderr, flush=True)
+        print_line(line, sys.stderr)
 
 
 def minutes(seconds):

@@ -231,7 +231,7 @@ def main(args):
     for source in args.images:
         draw_source(backbone, source, args, written)
     if not written:
-        raise ValueError("none of the images can be read")
+        raise ValueError("none of the images can be drawn")
 
 
 if __name__ == "__main__":

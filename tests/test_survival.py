@@ -22,7 +22,9 @@ from test_train import arguments, log, run
 FLAGS = "--knn_every 0 --drop_path 0.3 --save_every 3 --workers 1"
 
 
-def start(folder, steps, processes=1, launch=(), script=ROOT / "train.py", flags=""):
+def start(
+    folder, steps, processes=1, launch=(), script=ROOT / "train.py", flags="", out=subprocess.PIPE
+):
     """Start a run in processes of its own, with one thread each."""
     launcher = []
     if processes > 1:
@@ -31,7 +33,7 @@ def start(folder, steps, processes=1, launch=(), script=ROOT / "train.py", flags
     return subprocess.Popen(
         [*command, "--steps", str(steps), "--output", str(folder)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
+        stdout=out,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
@@ -145,7 +147,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
     wait_for(tmp_path, 10, process)
     os.killpg(process.pid, number)  # as a batch system does: to the loader's processes too
     if processes == 1:
-        os.killpg(process.pid, number)  # it comes by way of torchrun, too
+        os.killpg(process.pid, number)  # and may do so twice
     out, _ = process.communicate(timeout=60)
     assert f"stopped by {number.name} after step" in out
     if processes == 1:
@@ -157,6 +159,17 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
     assert log(tmp_path)[-1]["step"] == step >= 10
     run(f"{FLAGS} --steps {step + 2} --batch {4 * processes}", tmp_path)  # the same global batch
     assert steps_of(tmp_path) == list(range(1, step + 3))
+
+
+def test_a_closed_terminal_ends_the_step_and_leaves_a_checkpoint(tmp_path):
+    terminal, slave = os.openpty()
+    process = start(tmp_path, 100_000, out=slave)
+    os.close(slave)
+    wait_for(tmp_path, 10, process)
+    os.close(terminal)  # from here on nothing can be printed
+    os.kill(process.pid, signal.SIGHUP)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert log(tmp_path)[-1]["step"] == checkpoint(tmp_path)["step"] >= 10
 
 
 @pytest.mark.parametrize("moment", ["opened", "half written", "not moved"])
