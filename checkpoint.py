@@ -111,12 +111,7 @@ def load_backbone(source, network="teacher", heads=None):
     path = download(source) if source in RELEASED else source
     checkpoint = load_checkpoint(path)
     state = backbone_state(checkpoint, network, path)
-    trained_with = checkpoint.get("args", {})
-    if isinstance(trained_with, argparse.Namespace):
-        trained_with = vars(trained_with)
-    if not isinstance(trained_with, dict):
-        trained_with = {}
-
+    trained_with = training_args(checkpoint)
     width = state["cls_token"].shape[-1] if "cls_token" in state else 0
     if heads and width % heads:
         raise ValueError(f"--heads {heads} must divide the width, {width}")
@@ -145,6 +140,14 @@ def load_backbone(source, network="teacher", heads=None):
             f" ({backbone.heads} heads are an assumption: the file does not say; --heads sets them)"
         )
     return Loaded(backbone.eval(), trained_with, description)
+
+
+def training_args(checkpoint):
+    """Return the arguments that a checkpoint was trained with, a dict; {}: it does not say."""
+    args = checkpoint.get("args", {})
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    return args if isinstance(args, dict) else {}
 
 
 def backbone_state(checkpoint, network, path):

@@ -25,7 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from augment import photometry
 from decode import open_image, read_image, suffixes, to_tensor, upright
 from shapes import Shapes
-from terminal import outlive_signals, say
+from terminal import first_line, outlive_signals, say
 
 TRAINING = ("train", "training")  # what a training split's folder is called, in any case
 HELD_OUT = ("val", "valid", "validation", "eval", "test", "testing")  # the first there is
@@ -392,7 +392,7 @@ def unreadable(images, index):
     try:
         images[index]
     except Exception as error:  # whatever a decoder may raise
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return None
 
 

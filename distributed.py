@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from terminal import say
+from terminal import first_line, say
 
 try:
     import fcntl
@@ -26,8 +26,7 @@ def usable_device(name):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here: {reason}") from None
+        raise ValueError(f"--device {name} cannot be used here: {first_line(error)}") from None
 
 
 def amp_dtype(amp, device):

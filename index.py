@@ -46,8 +46,7 @@ def index_folder(backbone, folder, how):
     features, known, is_stale = recall(path, images.paths, stats, how.width(backbone))
 
     missing = (~known).nonzero()[:, 0].tolist()
-    kept_at = time.monotonic()
-    start = time.monotonic()
+    start = kept_at = time.monotonic()
     for done in range(0, len(missing), CHUNK):
         chunk = missing[done : done + CHUNK]
         computed, read = compute(backbone, images, chunk, how, (done, len(missing), start))

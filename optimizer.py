@@ -14,9 +14,9 @@ def build_optimizer(name, network, device, dtype):
         optimizer = torch.optim.AdamW(groups, fused=True)
     else:
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
-        # torch makes them at its first step, and none for what is frozen then
-        for p in network.parameters():
-            if p.requires_grad:
+        # torch makes these buffers at its first step, and none for what is frozen then
+        for group in optimizer.param_groups:
+            for p in group["params"]:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     if dtype is torch.float16:
         scaler = torch.amp.GradScaler(device.type)

@@ -206,14 +206,16 @@ def choose_output(args):
     """
     output = args.output or Path(f"{Path(args.film).absolute()}_masks")
     film = Path(args.film).resolve()
-    read = [path.resolve() for path in (film, args.mask) if path]
+    read = [film, args.mask.resolve()] if args.mask else [film]
     beside = [path.parent for path in read if path.is_file()]
     if output.resolve().is_relative_to(film) or output.resolve() in beside:
         raise ValueError(f"--output {output} holds the film or its mask, and these must stay")
-    if args.strip and (args.strip.resolve().is_relative_to(film) or args.strip.resolve() in read):
-        raise ValueError(f"--strip {args.strip} would replace the film or its mask")
-    if args.strip and not args.strip.absolute().parent.is_dir():
-        raise ValueError(f"--strip {args.strip}: there is no such folder")
+    if args.strip:
+        strip = args.strip.resolve()
+        if strip.is_relative_to(film) or strip in read:
+            raise ValueError(f"--strip {args.strip} would replace the film or its mask")
+        if not args.strip.absolute().parent.is_dir():
+            raise ValueError(f"--strip {args.strip}: there is no such folder")
     return output
 
 

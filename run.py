@@ -136,12 +136,15 @@ class Run:
 
     def check_content(self, path, theirs):
         """ValueError: the images, wherever they lie, are not those that it was trained on."""
-        counts = f"{theirs['images']} images then, {self.content['images']} now"
-        if self.args.accept_data and theirs["images"] != self.content["images"]:
-            say(f"note: {counts}; epochs and schedules follow the new number from here on")
-        if theirs == self.content or self.args.accept_data:
+        if theirs == self.content:
             return
-        if theirs["images"] == self.content["images"]:
+        as_many = theirs["images"] == self.content["images"]
+        counts = f"{theirs['images']} images then, {self.content['images']} now"
+        if self.args.accept_data:
+            if not as_many:
+                say(f"note: {counts}; epochs and schedules follow the new number from here on")
+            return
+        if as_many:
             counts += ", of other names"
         raise ValueError(
             f"{path} was trained on other data ({counts}): --accept_data goes on with it all the "

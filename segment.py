@@ -33,7 +33,7 @@ from pictures import cut_out, draw_panels
 from propagation import add_propagation_flags, carry_film
 from protocol import add_flags, check_positive, run_protocol
 from recipe import add_device_flag, add_network_flags, add_size_flag
-from terminal import first_process, progress, run_command, say
+from terminal import first_line, first_process, progress, run_command, say
 
 # ---- attention as maps ----
 
@@ -126,8 +126,8 @@ def attend_to_objects(networks, images, device, short, mass=0.6, rank=0, world=1
             found = read_objects(images, i, short, networks[0].patch)
         except Exception as error:  # whatever a decoder may raise
             found = None
-            why = str(error).splitlines()[:1] or [type(error).__name__]
-            reason = reason or f" (the first that cannot be read, {images.name(i)!r}: {why[0]})"
+            name, why = images.name(i), first_line(error)
+            reason = reason or f" (the first that cannot be read, {name!r}: {why})"
         if found is not None:
             index = image_jaccard(networks, *found, device, mass)
             best = index.amax(2, keepdim=True)

@@ -58,7 +58,7 @@ def say(line, file=None):
     try:
         print_line(line, file)
     except BrokenPipeError:  # nobody reads on, as in `command | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout.fileno())
         sys.exit(1)
 
 
@@ -69,9 +69,14 @@ def print_line(line, file, end="\n"):
     except OSError as error:
         if error.errno != errno.EIO:
             raise
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
+        silence(1, 2)
+
+
+def silence(*descriptors):
+    """From here on, what is written to these goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor)
 
 
 def status(line, every=10):
@@ -157,6 +162,11 @@ def explain(error, args):
     return re.sub(r"^[A-Za-z]+Error: ", "", lines[-1])  # an error in a loader ends its traceback
 
 
+def first_line(error):
+    """Return the first line of an error's text; if it has none, the name of its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def less_memory(args):
     """Say which of the command's own flags lowers what it takes."""
     if hasattr(args, "accumulate"):
@@ -187,10 +197,12 @@ def on_signal(number, frame):
     Other signals may come twice: from a batch system, and from torchrun, which passes its own on.
     """
     RECEIVED.append(number)
-    interrupts = RECEIVED.count(signal.SIGINT)
-    if number == signal.SIGINT and interrupts == 2:
+    if number != signal.SIGINT:
+        return
+    interrupts = RECEIVED.count(number)
+    if interrupts == 2:
         sys.exit(128 + number)
-    if number == signal.SIGINT and interrupts > 2:  # the exit hangs
+    if interrupts > 2:  # the exit hangs
         os._exit(128 + number)
 
 

@@ -124,8 +124,8 @@ def build_networks(args, device, world):
     """Return student and teacher, alike at the start; no gradient reaches the teacher."""
     torch.manual_seed(args.seed)
     if args.init:
-        sizes = args.arch, args.patch, args.drop_path, args.global_size
-        backbone = in_turn(lambda: start_from(args.init, *sizes))
+        wanted = args.arch, args.patch, args.drop_path, args.global_size
+        backbone = in_turn(lambda: start_from(args.init, *wanted))
     else:
         backbone = build_backbone(args.arch, args.patch, args.global_size, args.drop_path)
     sizes = args.out_dim, args.hidden_dim, args.bottleneck_dim

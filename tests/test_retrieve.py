@@ -153,9 +153,9 @@ def count_computed(monkeypatch):
     computed = []
     real = index.compute
 
-    def spy(backbone, images, indices, *how):
+    def spy(backbone, images, indices, *rest):
         computed.append([images.paths[i] for i in indices])
-        return real(backbone, images, indices, *how)
+        return real(backbone, images, indices, *rest)
 
     monkeypatch.setattr(index, "compute", spy)
     return computed
@@ -193,11 +193,11 @@ def test_what_is_done_when_it_is_stopped_is_kept(album, monkeypatch):
     backbone, how = build_backbone("vit_micro", 8, 32).eval(), Extraction(CPU, cache=album)
     computed, real = [], index.compute
 
-    def stopped(backbone, images, indices, *how):
+    def stopped(backbone, images, indices, *rest):
         if len(computed) == 1:
             raise KeyboardInterrupt
         computed.append(indices)
-        return real(backbone, images, indices, *how)
+        return real(backbone, images, indices, *rest)
 
     monkeypatch.setattr(index, "compute", stopped)
     with pytest.raises(KeyboardInterrupt):
