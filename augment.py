@@ -1,12 +1,12 @@
 """Multi-crop and its augmentations (3.1 and 3.2, "Implementation details"; tour, stop 4).
 
+    View          the recipe: what happens to each kind of view, how strongly and how often
     MultiCrop     geometry, image by image in the loader's workers, on uint8: crop, resize, flip
-    photometry    the rest, a batch at a time on the training device: colour jitter, grey, blur,
-                  solarise, normalise, with the parameters that MultiCrop has drawn for each view
+    photometry    the rest, a batch at a time on the training device: color jitter, gray, blur,
+                  solarize, normalise, with the parameters that MultiCrop has drawn for each view
 
 The distribution is that of the reference code's per-image pipeline, but for the blur, which Pillow
-approximates. Every draw comes from the generator passed in: a view follows from (seed, epoch,
-sample). Axes: b batch, v views, c channel.
+approximates. Every draw comes from the generator passed in. Axes: b batch, v views, c channel.
 """
 
 import math
@@ -19,22 +19,29 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-PARAMETERS = ("brightness", "contrast", "saturation", "hue", "order", "gray", "sigma", "solarize")
 ORDERS = torch.tensor(list(permutations(range(4))))  # of the jitter's four operations
 
 
 class View(NamedTuple):
-    size: int  # its side in pixels
-    scale: tuple[float, float]  # its area, as a share of the image's
+    """The recipe of a view. What differs between views has no default."""
+
+    size: int  # side in pixels
+    scale: tuple[float, float]  # area, as a share of the image's
     blur: float  # probability
     solarize: float  # probability
+    flip: float = 0.5  # probability
+    gray: float = 0.2  # probability
+    jitter: float = 0.8  # probability, and its strengths:
+    brightness: float = 0.4  # a factor from 0.6 to 1.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1  # in turns, either way
 
 
-# Geometry: one image, in a worker.
 def random_box(height, width, scale, rng: Random, ratio=(3 / 4, 4 / 3)):
     """Draw (top, left, height, width) as torchvision does: area uniform, aspect log-uniform.
 
-    Of ten draws the first that fits, else the largest central box within ratio.
+    Of ten draws the first that fits is taken, else the largest central box within ratio.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -48,22 +55,20 @@ def random_box(height, width, scale, rng: Random, ratio=(3 / 4, 4 / 3)):
 
 def resize(image, height, width):
     """Resize uint8 [c, h, w] to [c, height, width]: bicubic with antialiasing, as Pillow does."""
-    if image.shape[1:] == (height, width):
-        return image
     return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
 
 
-def random_resized_crop(image, size, scale, rng: Random):
+def random_resized_crop(image, size, scale, rng: Random, flip=0.5):
     """Crop a random box out of uint8 [3, h, w], resize it to [3, size, size], flip it or not."""
     top, left, h, w = random_box(*image.shape[1:], scale, rng)
     crop = resize(image[:, top : top + h, left : left + w], size, size)
-    return crop.flip(-1) if rng.random() < 0.5 else crop
+    return crop.flip(-1) if rng.random() < flip else crop
 
 
 class MultiCrop:
-    """uint8 [3, h, w] -> globals [2, 3, g, g], locals [v - 2, 3, l, l] and photometry [v, 8].
+    """uint8 [3, h, w] -> [(crops, drawn), ...], of the global views and, if any, of the local ones.
 
-    The crops are uint8, no tensor if there are none; the photometry is float32, see PARAMETERS.
+    crops: uint8 [v, 3, size, size]; drawn: float32 [v, 8], as draw_photometry() has it.
     """
 
     def __init__(self, global_size=224, local_size=96, local_crops=8,
@@ -73,33 +78,79 @@ class MultiCrop:
         global_2 = View(global_size, global_scale, blur=0.1, solarize=0.2)
         local = View(local_size, local_scale, blur=0.5, solarize=0.0)
         self.views = [global_1, global_2] + [local] * local_crops
-        # The short side and root of the area below which a crop of the image would be enlarged.
-        roots = [view.size / math.sqrt(3 / 4 * view.scale[0]) for view in self.views]
-        self.least = max(view.size for view in self.views), max(roots)
+        # the short side in pixels of an image of which no crop is enlarged
+        self.least = max(view.size / math.sqrt(3 / 4 * view.scale[0]) for view in self.views)
 
     def __call__(self, image, rng: Random):
-        crops, parameters = [], []
+        crops, drawn = [], []
         for view in self.views:
-            crops.append(random_resized_crop(image, view.size, view.scale, rng))
-            parameters.append(draw_parameters(rng, view.blur, view.solarize, self.blur_sigma))
-        groups = [torch.stack(group) for group in (crops[:2], crops[2:]) if group]
-        return *groups, torch.tensor(parameters, dtype=torch.float32)
+            crops.append(random_resized_crop(image, view.size, view.scale, rng, view.flip))
+            drawn.append(draw_photometry(view, self.blur_sigma, rng))
+        pairs = (crops[:2], drawn[:2]), (crops[2:], drawn[2:])
+        return [(torch.stack(c), torch.tensor(d)) for c, d in pairs if c]
 
 
-# Photometry: a batch, on the training device.
-def draw_parameters(rng: Random, blur, solarize, blur_sigma=2.0):
-    """Draw one view's photometry: floats in the order of PARAMETERS.
+def draw_photometry(view, blur_sigma, rng: Random):
+    """Draw [brightness, contrast, saturation, hue, order, gray, sigma, solarize] of one view.
 
-    Jitter has probability 0.8, grey 0.2. Not applied: order -1, grey 0, sigma 0, solarise 0.
+    order: that of the jitter's operations, an index of ORDERS. Not applied: order -1, sigma 0.
     """
-    jittered = rng.random() < 0.8
-    brightness, contrast = rng.uniform(0.6, 1.4), rng.uniform(0.6, 1.4)
-    saturation, hue = rng.uniform(0.8, 1.2), rng.uniform(-0.1, 0.1)  # hue in turns
-    drawn = [brightness, contrast, saturation, hue, rng.randrange(len(ORDERS))]
-    jitter = drawn if jittered else [1, 1, 1, 0, -1]
-    sigma = rng.uniform(blur_sigma / 20, blur_sigma) if rng.random() < blur else 0
-    gray = rng.random() < 0.2
-    return [*jitter, gray, sigma, rng.random() < solarize]
+    jittered = rng.random() < view.jitter
+    brightness = rng.uniform(1 - view.brightness, 1 + view.brightness)
+    contrast = rng.uniform(1 - view.contrast, 1 + view.contrast)
+    saturation = rng.uniform(1 - view.saturation, 1 + view.saturation)
+    hue = rng.uniform(-view.hue, view.hue)
+    order = rng.randrange(len(ORDERS))
+    blurred = rng.random() < view.blur
+    sigma = rng.uniform(blur_sigma / 20, blur_sigma) if blurred else 0.0
+    gray, solarize = rng.random() < view.gray, rng.random() < view.solarize
+    jitter = [brightness, contrast, saturation, hue, order if jittered else -1]
+    return [*jitter, gray, sigma, solarize]
+
+
+def photometry(crops, drawn):
+    """Apply what was drawn: uint8 [b, v, 3, h, w] -> float32 [v, b, 3, h, w], normalised.
+
+    drawn: [b, v, 8], as MultiCrop gives it; it stays on the host, so that no device is waited for.
+    """
+    v = crops.shape[1]
+    crops = rearrange(crops, "b v c h w -> (v b) c h w")
+    drawn = rearrange(drawn, "b v parameters -> (v b) parameters")
+    # On a CPU parts that fit its cache take half the time; the result is the same.
+    part = max(1, 2**20 // crops[0].numel()) if crops.device.type == "cpu" else len(crops)
+    parts = [change_colors(x, *d.unbind(1)) for x, d in zip(crops.split(part), drawn.split(part))]
+    return rearrange(torch.cat(parts), "(v b) c h w -> v b c h w", v=v)
+
+
+def change_colors(crops, brightness, contrast, saturation, hue, order, gray, sigma, solarized):
+    """uint8 [b, 3, h, w], and what was drawn [b] -> float32 [b, 3, h, w], normalised."""
+    device = crops.device
+    factors = torch.stack([brightness, contrast, saturation, hue]).to(device, non_blocking=True)
+    x = color_jitter(crops.float().div_(255), factors, order)
+    here = indices(gray > 0, device)
+    x[here] = repeat(grayscale(x[here]), "b 1 h w -> b 3 h w")
+    here = indices(sigma > 0, device)
+    if len(here):
+        x[here] = gaussian_blur(x[here], sigma.to(device, non_blocking=True)[here])
+    here = indices(solarized > 0, device)
+    x[here] = solarize(x[here])
+    return normalize(x)
+
+
+def indices(mask, device):
+    """Return where a mask on the host is true, on the device: nothing is read back from there."""
+    return mask.nonzero()[:, 0].to(device, non_blocking=True)
+
+
+def color_jitter(x, factors, order):
+    """Jitter [b, 3, h, w] in place, each sample with its own factors [4, b] and order [b]."""
+    operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    orders = ORDERS[order.long()].masked_fill((order < 0)[:, None], -1)
+    for turn in range(4):
+        for number, operation in enumerate(operations):
+            samples = indices(orders[:, turn] == number, x.device)
+            x[samples] = operation(x[samples], factors[number, samples])
+    return x
 
 
 def grayscale(x):
@@ -141,20 +192,6 @@ def adjust_hue(x, turns):
     return torch.clamp(line, low[:, None], high[:, None])
 
 
-def color_jitter(x, factors, order):
-    """Jitter [b, 3, h, w] in place, each sample with its own factors [b, 4] and order [b].
-
-    order indexes ORDERS and lies on the host; -1 leaves a sample as it is.
-    """
-    adjust = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-    operations = ORDERS[order.long()].masked_fill((order < 0)[:, None], -1)
-    for turn in range(4):
-        for number, operation in enumerate(adjust):
-            samples = indices(operations[:, turn] == number, x.device)
-            x[samples] = operation(x[samples], factors[samples, number])
-    return x
-
-
 def gaussian_blur(x, sigma, radius=6):
     """Convolve with exp(-r^2 / (2 sigma^2)); sigma [b], radius in pixels (3 x 2, the largest)."""
     radius = min(radius, x.shape[2] - 1, x.shape[3] - 1)
@@ -176,24 +213,3 @@ def solarize(x):
 def normalize(x):
     """(x - mean) / std of ImageNet, channel by channel: [b, 3, h, w] in [0, 1] -> about [-2, 3]."""
     return torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
-
-
-def indices(mask, device):
-    """Return where a mask on the host is true, on the device: nothing is read back from there."""
-    return mask.nonzero()[:, 0].to(device, non_blocking=True)
-
-
-def photometry(crops, parameters):
-    """uint8 crops [b, 3, h, w], parameters [b, 8] on the host -> float32 crops, normalised."""
-    device = crops.device
-    order, gray, sigma, solarized = parameters[:, 4:].unbind(1)
-    factors = parameters[:, :4].to(device, non_blocking=True)
-    x = color_jitter(crops.float().div_(255), factors, order)
-    here = indices(gray > 0, device)
-    x[here] = repeat(grayscale(x[here]), "b 1 h w -> b 3 h w")
-    here = indices(sigma > 0, device)
-    if len(here):
-        x[here] = gaussian_blur(x[here], sigma.to(device, non_blocking=True)[here])
-    here = indices(solarized > 0, device)
-    x[here] = solarize(x[here])
-    return normalize(x)

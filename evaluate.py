@@ -3,52 +3,64 @@
     python evaluate.py knn    runs/laptop/last.pth       data: what the checkpoint was trained on
     python evaluate.py linear runs/laptop/last.pth       the paper's protocol, on random crops
     python evaluate.py linear runs/laptop/last.pth --cached     on central crops, in seconds
-    python evaluate.py logistic runs/laptop/last.pth     with few of the labels (lowshot.py)
-    python evaluate.py predict runs/laptop/last.pth runs/laptop/linear.pth img.jpg
+    python evaluate.py COMMAND --help                    other commands: the table COMMANDS
     torchrun --nproc_per_node=8 evaluate.py ...          each process with its share of the images
 
-Beside k-NN, logistic and cached linear figures stand an untrained network's; each evaluation adds
-a line to evaluate.jsonl in the checkpoint's folder. The linear protocol differs from the reference
-code's: its random crops are bicubic, its learning rates are tried all at once and follow the cosine
-step by step, an epoch's last, smaller batch is left out, and the last epoch counts, not the best.
-Axes: b batch, d features, c classes, s learning rates.
+Each evaluation adds a line to evaluate.jsonl in the checkpoint's folder. The linear protocol
+differs from the reference code's: its random crops are bicubic, its learning rates are tried all at
+once, an epoch's last, smaller batch is left out, and the last epoch counts, not the best.
 """
 
-import argparse
+import importlib
 import math
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from einops import einsum, rearrange, repeat
 from torch import nn
 from torch.utils.data import DataLoader
 
-from backbone import RawPixels, trained_at
-from checkpoint import load_backbone, load_checkpoint
-from data import Order, load_labelled
-from distributed import in_turn, usable_device
-from features import (
+from evaluation.features import (
     Crops,
     Extraction,
+    RawPixels,
+    add_extraction_flags,
+    add_token_flags,
+    add_untrained_flag,
     choose_labelled,
     describe_tokens,
+    extraction,
+    features_of,
     labelled_features,
     made_by,
+    open_subject,
     probe_tokens,
-    represent,
-    represent_image,
 )
-from files import write_whole
-from film import stills
-from lowshot import evaluate_logistic
-from protocol import add_protocol, check_positive, check_workers, extraction, run_protocol
-from recipe import add_device_flag, add_network_flags
-from terminal import first_process, progress, run_command, say
+from util import config
+from util.checkpoint import RELEASED
+from util.data import BatchSampler, load_labelled
+from util.distributed import all_reduce_sum, processes, rank0_first
+from util.misc import append_json, atomic_write, is_main_process, say, track
+
+COMMANDS = {  # name: (the module that has its add_flags() and evaluate(), what it is)
+    "knn": ("evaluate", "weighted k-NN (Table 2)"),
+    "linear": ("evaluate", "a linear classifier on frozen features (Table 2)"),
+    "predict": ("evaluation.predict", "the likeliest classes of images, by a linear classifier"),
+    "export": ("evaluation.predict", "the backbone as timm and the authors' code load it"),
+    "logistic": ("evaluation.lowshot", "logistic regression with few of the labels"),
+    "search": ("evaluation.retrieval", "the images of a folder that are nearest to others"),
+    "copies": ("evaluation.retrieval", "groups of near-duplicates in a folder"),
+    "features": ("evaluation.retrieval", "the features of a folder, for other tools"),
+    "oxford": ("evaluation.revisitop", "image retrieval, revisited Oxford (Table 3)"),
+    "paris": ("evaluation.revisitop", "image retrieval, revisited Paris (Table 3)"),
+    "copydays": ("evaluation.copydays", "copy detection (Table 4)"),
+    "davis": ("evaluation.davis", "video object segmentation (Table 5)"),
+    "masks": ("evaluation.masks", "attention compared with objects (Figure 4)"),
+}
 
 # ---- weighted k-NN ----
 
@@ -92,119 +104,103 @@ def bank_and_queries(backbone, train, val, how, limits=(None, None)):
     return *bank, *queries
 
 
-def knn_of(backbone, train, val, how, ks=(10, 20, 100, 200), limits=(None, None)):
-    """Return a backbone's k-NN accuracy, and how many images are in the bank and among the queries.
-
-    val None: the training images against one another. limits: as in bank_and_queries().
-    """
-    bank, bank_labels, queries, labels = bank_and_queries(backbone, train, val, how, limits)
-    top1 = knn(bank, bank_labels, queries, labels, ks, alone=val is None)
-    return top1, (len(bank), len(queries))
-
-
-def knn_of_pixels(train, val, how, ks):
-    """Return what a network must beat: {name: k-NN accuracy} of central crops of 32 x 32 pixels.
-
-    pixels: normalised as for a network; less mean: less their mean over the training images.
-    """
-    how = replace(how, size=None, cache=None)
-    alone = val is None
-    bank, bank_labels, queries, labels = bank_and_queries(RawPixels(), train, val, how)
-    pixels = knn(bank, bank_labels, queries, labels, ks, alone=alone)
-    mean = bank.mean(0)
-    centred = knn(bank - mean, bank_labels, queries - mean, labels, ks, alone=alone)
-    return {"pixels": pixels, "less mean": centred}
+def log_knn(run, step):
+    """Log the k-NN accuracy (k = 20) of a run's networks, on a part of the labelled images."""
+    args, epoch = run.args, round(step / run.steps_per_epoch)
+    due = args.knn_every and (epoch % args.knn_every == 0 or epoch == args.epochs)
+    if not (due and run.images.labels):
+        return
+    how = Extraction(run.center.device, 256, args.num_workers, rank=run.rank, world=run.world)
+    top1 = {}
+    for name in ("teacher", "student"):
+        backbone = run.state[name].backbone
+        features = bank_and_queries(backbone, run.images, run.val, how, (args.knn_bank, 1000))
+        top1[name] = knn(*features, ks=(20,), alone=run.val is None)[20]
+    run.log(step=step, epoch=epoch, knn=top1["teacher"], knn_student=top1["student"])
+    say(f"epoch {epoch}: k-NN {top1['teacher']:.1f} %")
 
 
 def evaluate_knn(args, subject):
     """The k-NN protocol: print its table, and return its figures."""
-    train, val = in_turn(lambda: load_labelled(subject.data))
+    train, val = rank0_first(lambda: load_labelled(subject.data))
     how = extraction(args, subject)
-    networks = subject.networks(args.untrained is not False)
-    results = {name: knn_of(net, train, val, how, args.k) for name, net in networks.items()}
-    top1, (bank, queries) = results["trained"]
-    voters = bank if val else bank - 1
+    columns = {}
+    for name, network in subject.networks(args.untrained is not False).items():
+        bank, bank_labels, x, labels = bank_and_queries(network, train, val, how)
+        columns[name] = knn(bank, bank_labels, x, labels, args.nb_knn, alone=val is None)
+    voters, queries = len(bank) - (val is None), len(x)
+    if args.pixels:  # what a network must beat: central crops of 32 x 32 pixels
+        small = replace(how, size=None, cache=None)
+        bank, bank_labels, x, labels = bank_and_queries(RawPixels(), train, val, small)
+        for name, mean in (("pixels", 0), ("less mean", bank.mean(0))):
+            centred = bank - mean, bank_labels, x - mean, labels
+            columns[name] = knn(*centred, args.nb_knn, alone=val is None)
 
     counts = Counter(label for label in (val or train).labels if label >= 0)
-    chance = 100 / len(train.classes)
     commonest = 100 * max(counts.values()) / counts.total()
     say(
         f"{subject.data}: {queries} queries against {voters} images, {len(train.classes)} classes; "
-        f"chance {chance:.1f} %, always the commonest class {commonest:.1f} %"
+        f"chance {100 / len(train.classes):.1f} %, always the commonest class {commonest:.1f} %; "
+        "top-1 in %"
     )
-    columns = {name: result[0] for name, result in results.items() if name != "trained"}
-    if args.pixels:
-        columns |= knn_of_pixels(train, val, how, args.k)
-    say(f"{'k':>5}  {'top-1 %':>8}" + "".join(f"  {name + ' %':>11}" for name in columns))
-    for k in args.k:
-        line = f"{k:5}  {top1[k]:8.1f}" + "".join(f"  {col[k]:11.1f}" for col in columns.values())
-        if k > voters:
-            line += f"  (all {voters} images)"
-        say(line)
-    return {"bank": voters, "queries": queries, "top1": top1, **columns}
+    say("    k" + "".join(f"  {name:>9}" for name in columns))
+    for k in args.nb_knn:
+        every = f"  (all {voters} images)" if k > voters else ""
+        say(f"{k:5}" + "".join(f"  {column[k]:9.1f}" for column in columns.values()) + every)
+    return {"bank": voters, "queries": queries, **columns}
 
 
 # ---- linear probe ----
 
 
-def head_logits(x, heads):
-    """Features [b, d], heads [s, c, d + 1] (the last column: the bias) -> logits [s, b, c]."""
-    return einsum(F.pad(x, (0, 1), value=1.0), heads, "b d, s c d -> s b c")
+def train_classifiers(batches, steps_per_epoch, epochs, rates, classes, dim, device, world=1):
+    """Train a linear classifier for each learning rate: an nn.ModuleList of nn.Linear.
 
-
-def cross_entropies(logits, labels):
-    """Logits [s, b, c] and labels [b], -1 for none (a loss of 0) -> cross-entropy [b, s]."""
-    labels = repeat(labels, "b -> b s", s=len(logits))
-    logits = rearrange(logits, "s b c -> b c s")
-    return F.cross_entropy(logits, labels, reduction="none", ignore_index=-1)
-
-
-def fit_heads(batches, steps, rates, classes, dim, device, world=1):
-    """Train a linear classifier for each learning rate: heads for head_logits(), [s, c, d + 1].
-
-    batches: (features [b, d], labels [b], -1 for none). SGD with momentum 0.9, no weight decay, the
-    rate falling to 0 on a cosine. One optimiser trains all heads: the gradient of a sum of losses
-    is each head's own, and in SGD a learning rate is a factor of the loss.
+    batches: (features [b, d], labels [b], -1 for none). SGD with momentum 0.9, no weight decay; the
+    rate falls to 0 on a cosine, epoch by epoch.
     """
-    # the reference code's start: weights of standard deviation 0.01, no bias
+    heads = nn.ModuleList(nn.Linear(dim, classes) for _ in rates).to(device)
     weight = 0.01 * torch.randn(classes, dim, generator=torch.Generator().manual_seed(0))
-    heads = repeat(F.pad(weight, (0, 1)), "c d -> s c d", s=len(rates))
-    heads = nn.Parameter(heads.to(device, copy=True))
-    optimizer = torch.optim.SGD([heads], lr=1.0, momentum=0.9)
-    rates = torch.tensor(rates, device=device)
-    start = time.monotonic()
-    for step, (x, labels) in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = (1 + math.cos(math.pi * step / steps)) / 2
+    for head in heads:
+        nn.init.zeros_(head.bias)
+        head.weight.data.copy_(weight)
+    groups = [{"params": head.parameters(), "lr": rate} for head, rate in zip(heads, rates)]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    for step, (x, labels) in enumerate(track(batches, "steps", epochs * steps_per_epoch)):
+        left = (1 + math.cos(math.pi * (step // steps_per_epoch) / epochs)) / 2
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * left
+        losses = [cross_entropy(head(x), labels) for head in heads]
         optimizer.zero_grad()
-        losses = cross_entropies(head_logits(x, heads), labels).mean(0)
-        (rates / world * losses).sum().backward()
+        (sum(losses) / world).backward()  # no head sees another's loss
         if world > 1:
-            dist.all_reduce(heads.grad)
+            for p in heads.parameters():
+                all_reduce_sum(p.grad)
         optimizer.step()
-        progress("steps", step + 1, steps, start)
-    return heads.detach()
+    return heads
 
 
-def score(heads, x, labels):
-    """Return top-1 and top-5 accuracy in per cent and the mean loss of features [m, d], each [s].
+def cross_entropy(logits, labels):
+    """The mean over the batch; an image without a label (-1) counts as 0."""
+    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / len(labels)
+
+
+@torch.no_grad()
+def score(head, x, labels):
+    """Return top-1 and top-5 accuracy in per cent and the mean loss of features [m, d].
 
     An image of a class without an output counts as wrong, and is left out of the loss.
     """
-    right1, right5, loss = 0, 0, 0
-    classes = heads.shape[1]
-    for part, target in zip(x.split(1024), labels.split(1024)):
-        logits = head_logits(part, heads)
-        best = logits.topk(min(5, classes)).indices == target[:, None]  # [s, m, 5]
-        known = target.where(target < classes, -1)
-        right1 = right1 + best[..., 0].sum(1).cpu().double()
-        right5 = right5 + best.sum((1, 2)).cpu().double()
-        loss = loss + cross_entropies(logits, known).sum(0).cpu().double()
-    known = (labels < classes).sum().item()
-    return 100 * right1 / len(labels), 100 * right5 / len(labels), loss / known
+    logits, classes = head(x), head.out_features
+    best = logits.topk(min(5, classes)).indices == labels[:, None]
+    known = labels < classes
+    loss = F.cross_entropy(logits[known], labels[known])
+    top1, top5 = best[:, 0].double().mean(), best.any(1).double().mean()
+    return 100 * top1.item(), 100 * top5.item(), loss.item()
 
 
 def probe(backbone, train, val, how, args):
-    """Train heads on one split and score them on the other: (heads, score()).
+    """Train classifiers on one split and score them on the other: (heads, [score(), ...]).
 
     They are tested on central crops, and trained on random ones; with args.cached on the features
     of central ones.
@@ -215,46 +211,45 @@ def probe(backbone, train, val, how, args):
     else:
         indices = choose_labelled(train.labels)
         targets = torch.tensor([train.labels[i] for i in indices], device=x.device)
-
-    batch = max(1, min(args.batch, len(targets) // how.world))
-    order = Order(len(targets), batch, 1, how.rank, how.world, args.seed)
-    steps = args.epochs * order.steps_per_epoch
+    batch = max(1, min(args.batch_size_per_gpu, len(targets) // how.world))
+    sampler = BatchSampler(len(targets), batch, 1, how.rank, how.world, args.seed)
+    keys = sampler.batches(0, args.epochs * sampler.steps_per_epoch)
     if args.cached:
-        batches = cached_batches(bank, targets, order.batches(0, steps))
+        batches = cached_batches(bank, targets, keys)
     else:
-        crops = Crops(train, indices, trained_at(backbone), args.seed)
-        batches = random_batches(backbone, crops, targets, order.batches(0, steps), how)
-    rates = [rate * order.global_batch / 256 for rate in args.lr]
-    classes = len(train.classes)
-    heads = fit_heads(batches, steps, rates, classes, x.shape[1], x.device, how.world)
-    return heads, score(heads, x, labels)
+        crops = Crops(train, indices, how.size_for(backbone), args.seed)
+        batches = random_batches(backbone, crops, targets, keys, how)
+    rates = [rate * sampler.global_batch / 256 for rate in args.lr]
+    sizes = len(train.classes), x.shape[1], x.device, how.world
+    heads = train_classifiers(batches, sampler.steps_per_epoch, args.epochs, rates, *sizes)
+    return heads, [score(head, x, labels) for head in heads]
 
 
-def cached_batches(bank, targets, batches):
+def cached_batches(bank, targets, keys):
     """Yield batches of features that have been extracted once."""
-    for keys in batches:
-        n = torch.tensor([n for _, n in keys], device=bank.device)
+    for batch in keys:
+        n = torch.tensor([n for _, n in batch], device=bank.device)
         yield bank[n], targets[n]
 
 
-def random_batches(backbone, crops, targets, batches, how):
+def random_batches(backbone, crops, targets, keys, how):
     """Yield batches of features of random crops; an image that cannot be read has label -1."""
     pin = how.device.type == "cuda"
-    loader = DataLoader(crops, batch_sampler=batches, num_workers=how.workers, pin_memory=pin)
+    loader = DataLoader(crops, batch_sampler=keys, num_workers=how.num_workers, pin_memory=pin)
     for n, crop in loader:
         n = n.to(how.device)
-        yield represent(backbone, crop, how), targets[n].where(n >= 0, -1)
+        yield features_of(backbone, crop, how), targets[n].where(n >= 0, -1)
 
 
 def evaluate_linear(args, subject):
-    """The linear protocol: print its table, save the best head, and return the figures."""
-    train, val = in_turn(lambda: load_labelled(subject.data, held_out=True))
+    """The linear protocol: print its table, save the best classifier, and return the figures."""
+    train, val = rank0_first(lambda: load_labelled(subject.data, held_out=True))
     kind = probe_tokens(subject.backbone, args)
-    how = replace(extraction(args, subject), **kind)
-    beside = args.cached if args.untrained is None else args.untrained
-    networks = subject.networks(beside)
+    how = extraction(args, subject, **kind)
+    networks = subject.networks(args.cached if args.untrained is None else args.untrained)
     results = {name: probe(net, train, val, how, args) for name, net in networks.items()}
-    heads, (top1, top5, loss) = results["trained"]
+    heads, scores = results["trained"]
+    beside = results["untrained"][1] if "untrained" in results else []
 
     crops = "random crops"
     if args.cached:
@@ -264,131 +259,87 @@ def evaluate_linear(args, subject):
         f"{len(train.classes)} classes; {describe_tokens(subject.backbone, **kind)}; "
         f"{args.epochs} epochs on {crops}"
     )
-    header = f"{'lr':>7}  {'top-1 %':>8}  {'top-5 %':>8}  {'loss':>6}"
-    say(header + ("  untrained %" if beside else ""))
-    untrained_top1 = results["untrained"][1][0].tolist() if beside else []
-    for i, rate in enumerate(args.lr):
-        line = f"{rate:7g}  {top1[i]:8.1f}  {top5[i]:8.1f}  {loss[i]:6.3f}"
-        say(line + "".join(f"  {value:11.1f}" for value in untrained_top1[i : i + 1]))
+    say("     lr   top-1 %   top-5 %    loss" + ("  untrained %" if beside else ""))
+    for i, (rate, (top1, top5, loss)) in enumerate(zip(args.lr, scores)):
+        line = f"{rate:7g}  {top1:8.1f}  {top5:8.1f}  {loss:6.3f}"
+        say(line + (f"  {beside[i][0]:11.1f}" if beside else ""))
 
-    best = top1.argmax().item()
+    best = max(range(len(heads)), key=lambda i: scores[i][0])
     path = subject.folder / "linear.pth"
     made = made_by(subject.backbone, replace(how, dtype=None))
-    save_head(path, heads[best], train.classes, args.cached, made, kind)
+    saved = {"head": heads[best].cpu().state_dict(), "classes": train.classes, "made_by": made}
+    if is_main_process():
+        atomic_write(path, lambda file: torch.save(saved | kind, file))
     say(f"the best, of learning rate {args.lr[best]:g} x batch / 256 -> {path}")
     figures = {"epochs": args.epochs, "cached": args.cached, **kind, "lr": args.lr}
-    figures |= {"top1": top1.tolist(), "top5": top5.tolist(), "loss": loss.tolist()}
-    if beside:
-        figures["untrained"] = untrained_top1
-    return figures
-
-
-def save_head(path, head, classes, cached, made, kind):
-    """Write a linear classifier, [c, d + 1], and what it needs to be used."""
-    saved = {"weight": head[:, :-1].cpu(), "bias": head[:, -1].cpu(), "classes": classes}
-    saved |= {"cached": cached, "made_by": made, **kind}
-    if first_process():
-        write_whole(path, lambda file: torch.save(saved, file))
-
-
-def predict(args):
-    """Print the likeliest classes of images, with the probability that linear.pth gives them."""
-    head = load_checkpoint(args.head)
-    if not {"weight", "bias", "classes", "last", "mean_patches", "made_by"} <= head.keys():
-        raise ValueError(f"{str(args.head)!r} is no linear.pth: evaluate.py linear writes one")
-    loaded = load_backbone(args.checkpoint, args.network, args.heads)
-    device = usable_device(args.device)
-    backbone = loaded.backbone.to(device)
-    weight = head["weight"].to(device)
-    how = Extraction(device, last=head["last"], mean_patches=head["mean_patches"])
-    if head["made_by"] != made_by(backbone, how):
-        raise ValueError(f"{str(args.head)!r} belongs to another network than {args.checkpoint}")
-    say(loaded.description)
-    images = 0
-    for source in args.images:
-        for path, image in stills(source):
-            x = represent_image(backbone, image, how)
-            probability = (x @ weight.T + head["bias"].to(device)).softmax(0)
-            value, order = probability.topk(min(args.top, len(probability)))
-            likeliest = []
-            for share, number in zip(value.tolist(), order.tolist()):
-                likeliest.append(f"{100 * share:.1f} % {head['classes'][number]}")
-            say(f"{path}: {', '.join(likeliest)}")
-            images += 1
-    if images == 0:
-        raise ValueError("none of the images can be read")
+    figures |= dict(zip(("top1", "top5", "loss"), zip(*scores)))
+    return figures | ({"untrained": [top1 for top1, *_ in beside]} if beside else {})
 
 
 # ---- the commands ----
 
 
-def add_evaluation(commands, name, text):
-    """Add a command with the flags that all evaluations have: its add_argument."""
-    add = add_protocol(commands, name, text)
-    add("--untrained", action=argparse.BooleanOptionalAction, help="an untrained network beside "
-        "(default: yes, in linear only if --cached)")  # fmt: skip
-    return add
+def add_flags(parser, command):
+    """Add the flags of the commands that are in this file."""
+    add = parser.add_argument
+    add_extraction_flags(parser)
+    add_untrained_flag(parser, "yes, in linear only if --cached")
+    if command == "knn":
+        add("--nb_knn", "--k", type=int, nargs="+", default=[10, 20, 100, 200],
+            help="neighbours (the paper's: 10 20 100 200, 20 is best)")  # fmt: skip
+        add("--pixels", action="store_true", help="k-NN on the pixels themselves beside it")
+    else:
+        add("--cached", action="store_true", help="train on features extracted once, in seconds; "
+            "not the paper's protocol")  # fmt: skip
+        add("--epochs", type=int, default=100, help="passes over the data (the paper's: 100)")
+        add("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3],
+            help="learning rates for a batch of 256")  # fmt: skip
+        add("--seed", type=int, default=0, help="of the crops and their order")
+        add_token_flags(parser)
 
 
-def add_token_flags(add):
-    add("--last", type=int, help="how many blocks' class tokens (default: 4; from width 768 on, or "
-        "of fewer than four blocks, 1)")  # fmt: skip
-    add("--mean_patches", action=argparse.BooleanOptionalAction, help="the mean patch token too "
-        "(default: from width 768 on, or of fewer than four blocks)")  # fmt: skip
+def evaluate(args, subject):
+    return {"knn": evaluate_knn, "linear": evaluate_linear}[args.command](args, subject)
+
+
+def module_of(command):
+    """Import the module that has a command; this file may run under another name."""
+    name = COMMANDS[command][0]
+    return sys.modules[__name__] if name == "evaluate" else importlib.import_module(name)
 
 
 def parse_args(argv=None):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    commands = parser.add_subparsers(dest="protocol", required=True)
-
-    add = add_evaluation(commands, "knn", "weighted k-NN")
-    add("--k", type=int, nargs="+", default=[10, 20, 100, 200],
-        help="neighbours (the paper's: 10 20 100 200, 20 is best)")  # fmt: skip
-    add("--pixels", action="store_true", help="k-NN on the pixels themselves beside it "
-        "(12 kB an image)")  # fmt: skip
-
-    add = add_evaluation(commands, "linear", "a linear classifier on frozen features")
-    add("--cached", action="store_true", help="train on features extracted once, in seconds; not "
-        "the paper's protocol")  # fmt: skip
-    add("--epochs", type=int, default=100, help="passes over the data (the paper's: 100)")
-    add("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3],
-        help="learning rates for a batch of 256")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the crops and their order")
-    add_token_flags(add)
-
-    add = add_evaluation(commands, "logistic", "logistic regression with few of the labels")
-    add("--fraction", type=float, nargs="+", default=[0.01, 0.1],
-        help="shares of each class's labels (the paper's: 0.01 0.1)")  # fmt: skip
-    add("--draws", type=int, default=5, help="how often the images are drawn")
-    add("--penalty", type=float, default=1.0, help="L2 penalty, for the sum over the images")
-    add_token_flags(add)
-
-    predicting = commands.add_parser("predict", help="the likeliest classes of images")
-    add = predicting.add_argument
-    add("checkpoint", help="a checkpoint, or the name of released weights")
-    add("head", type=Path, help="linear.pth, as evaluate.py linear writes it")
-    add("images", nargs="+", type=Path, help="images, or folders of images")
-    add("--top", type=int, default=3, help="how many classes")
-    add_network_flags(predicting)
-    add_device_flag(predicting)
-    return parser.parse_args(argv)
-
-
-PROTOCOLS = {"knn": evaluate_knn, "linear": evaluate_linear, "logistic": evaluate_logistic}
+    argv = sys.argv[1:] if argv is None else argv
+    parser = config.Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (_, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if argv[:1] != [name]:
+            continue  # its module is not loaded
+        command.add_argument("checkpoint", help=f"a checkpoint, or one of {', '.join(RELEASED)}")
+        config.add_flag(command, "data_path", help="a folder or a data set's name (default: what "
+                        "the checkpoint was trained on)")  # fmt: skip
+        config.add_flag(command, "output_dir", type=Path, help="folder for the results (default: "
+                        "the checkpoint's)")  # fmt: skip
+        config.add_network_flags(command)
+        config.add_device_flag(command)
+        module_of(name).add_flags(command, name)
+    args = parser.parse_args(argv)
+    config.check_numbers(args)
+    return args
 
 
 def main(args):
-    flags = "k lr batch epochs last fraction draws penalty top"
-    check_positive(args, *flags.split())
-    if args.protocol == "predict":
-        predict(args)
-        return
-    if args.protocol == "logistic" and max(args.fraction) > 1:
-        raise ValueError(f"--fraction {args.fraction} must not be above 1")
-    check_workers(args)
-    run_protocol(args, PROTOCOLS[args.protocol])
+    """Run a command in each process, and add what it returns to evaluate.jsonl."""
+    with processes(args.device) as (device, rank, world):
+        start = time.monotonic()
+        subject = open_subject(args, device, rank, world)
+        figures = module_of(args.command).evaluate(args, subject)
+        if figures and is_main_process():
+            line = dict(command=args.command, checkpoint=args.checkpoint, network=args.network)
+            line |= {"data": subject.data, **figures, "seconds": round(time.monotonic() - start, 1)}
+            append_json(subject.folder / "evaluate.jsonl", line)
 
 
 if __name__ == "__main__":
-    run_command(main, parse_args)
+    config.run_command(main, parse_args)

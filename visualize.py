@@ -3,43 +3,63 @@
     python visualize.py ckpt.pth img.jpg       img_attention.png; also several images, or folders
     python visualize.py ckpt.pth film.gif      film_attention.gif; also a folder, with --fps
     python visualize.py runs/laptop            curves.png, from the run's log
-    python visualize.py crops img.jpg          what happens in training: explain.py; also
+    python visualize.py video CKPT FILM --mask first.png      a mask carried through a film
+    python visualize.py crops img.jpg          what happens in training, drawn; also
     python visualize.py schedules | targets CKPT
 
 A picture shows the image, each head's map, their mean, and the patches that hold most of the mean.
-An image is shown to the network at 480 / 224 of the size it was trained at (480 for the paper's);
-its last patches are filled up with the edge's pixels, so that unlike by the reference code's crop
-nothing is lost. Images are uint8 [3, h, w], maps [heads, rows, columns] of patches, panels
-uint8 [h, w, 3].
+An image is shown to the network at 480 / 224 of the size it was trained at (480 for the paper's).
+Images are uint8 [3, h, w], maps [heads, rows, columns] of patches, panels uint8 [h, w, 3].
 """
 
-import argparse
+import importlib
 import json
 import math
 import sys
-import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
-from matplotlib.figure import Figure
 from PIL import Image
 
-import explain
-from augment import resize
-from checkpoint import RELEASED
-from film import Film, is_film, stills, write_gif
-from pictures import cut_out, draw_curve, draw_panels, overlay, save_figure, shown, upsample
-from protocol import load_vit
-from recipe import add_device_flag, add_network_flags
-from run import read_log
-from segment import attend, keep_mass
-from terminal import progress, run_command, say
+from augment import normalize, resize
+from evaluation.features import attention_maps, fitted_size, keep_mass, usual_size
+from util import config
+from util.checkpoint import RELEASED, load_backbone, require_vit
+from util.data import evenly, read_or_next
+from util.distributed import usable_device
+from util.images import frames, is_film, stills, write_gif
+from util.misc import say
+from util.plot import cut_out, draw_curves, draw_panels, overlay, panel, shown, upsample
+from util.run import read_log
+from vit import ViT
 
-NOTE = (
-    "attention of the class token in the last block, dark to bright: "
-    "from 0 to the largest value of each map"
-)
+COMMANDS = {  # name: the module that has its add_flags() and visualize()
+    "video": "evaluation.video",
+    "crops": "evaluation.explain",
+    "schedules": "evaluation.explain",
+    "targets": "evaluation.explain",
+}
+NOTE = "attention of the class token in the last block, from 0 to the largest value of each map"
+
+
+# ---- attention ----
+
+
+def attend(backbone, image, short=None):
+    """Return the attention maps of a uint8 image [3, h, w] of any size, on the host.
+
+    The image is resized to the short side given (default: usual_size) and its last patches are
+    filled up with the edge's pixels, where the reference code crops. Returns (maps, (y, x)), where
+    y and x are the share of the maps that it covers. ValueError: it has more than MOST_PATCHES.
+    """
+    p = backbone.patch_size
+    h, w = fitted_size(image, short or usual_size(backbone), p)
+    x = resize(image, h, w)[None].to(backbone.cls_token.device)
+    down, right = -h % p, -w % p
+    x = F.pad(normalize(x.float() / 255), (0, right, 0, down), mode="replicate")
+    return attention_maps(backbone, x)[0].cpu(), (h / (h + down), w / (w + right))
 
 
 def panels(image, maps, covered, mass=0.6, smooth=False):
@@ -49,8 +69,7 @@ def panels(image, maps, covered, mass=0.6, smooth=False):
     heats = upsample(torch.cat([maps, mean]), covered, h, w, smooth)
     titles = [f"head {i + 1}" for i in range(len(maps))] + ["mean of heads"]
     row = {"image": rearrange(image, "c h w -> h w c")}
-    for title, heat in zip(titles, heats):
-        row[title] = overlay(image, heat)
+    row |= {title: overlay(image, heat) for title, heat in zip(titles, heats)}
     mask = upsample(keep_mass(mean, mass), covered, h, w, smooth)[0] > 0.5
     row["mask"] = cut_out(image, mask)
     return row
@@ -68,171 +87,179 @@ def draw_attention(backbone, images, path, sizes=(None,), mass=0.6, smooth=False
     draw_panels(rows, path, f"{NOTE}; mask: the fewest patches with {100 * mass:g} % of the mean")
 
 
+# ---- a run ----
+
+
+def few_images(images, count=4):
+    """Return a few of the images, spread evenly, always the same; of a long strip, a part."""
+    few = []
+    for i in evenly(len(images), count):
+        image, _ = read_or_next(images, i)
+        h, w = image.shape[1:]
+        few.append(image[:, : 3 * w, : 3 * h])
+    return few
+
+
+def watch_attention(run, step):
+    """At steps 0, 1, 2, 4, 8, ... keep what the teacher attends to in a few images.
+
+    It goes with the checkpoint, and in the end into emergence.png.
+    """
+    backbone = run.state["teacher"].backbone
+    power_of_two = step & (step - 1) == 0
+    if run.is_main and power_of_two and isinstance(backbone, ViT):
+        few = few_images(run.val or run.images)
+        run.attention[step] = [attend(backbone, image) for image in few]
+
+
+def draw_run(run):
+    """Draw a run's curves, and its teacher's attention at the end and over the steps."""
+    if not run.is_main:
+        return
+    backbone = run.state["teacher"].backbone
+    draw_log(read_log(run.log_path), run.folder / "curves.png", run.args.out_dim)
+    if isinstance(backbone, ViT):
+        few = few_images(run.val or run.images)
+        draw_attention(backbone, few, run.folder / "attention.png")
+        last = {run.last: [attend(backbone, image) for image in few]}
+        draw_emergence(few, run.attention | last, run.folder / "emergence.png")
+
+
 def draw_emergence(images, kept, path):
     """Draw the heads' mean for each image at the first and the last seven steps of `kept`.
 
     kept: {step: what attend() gave for each of the images}.
     """
-    rows = []
-    steps = sorted(kept)
+    rows, steps = [], sorted(kept)
     for i, image in enumerate(images):
-        image = shown(image)
-        row = {"image": rearrange(image, "c h w -> h w c")}
+        row = {"image": panel(image)}
         for step in steps[:1] + steps[1:][-7:]:
             maps, covered = kept[step][i]
+            image = shown(image)
             heat = upsample(maps.mean(0, keepdim=True), covered, *image.shape[1:])[0]
             row[f"step {step}" if step else "before training"] = overlay(image, heat)
         rows.append(row)
     draw_panels(rows, path, f"{NOTE}; mean of the heads")
 
 
-def draw_curves(lines, path, out_dim):
-    """Draw a run's log: loss, the collapse watch (Figure 7), k-NN (Figure 6), schedules."""
+def draw_log(lines, path, out_dim):
+    """Draw a run's log: loss, the watch for collapse (Figure 7), k-NN (Figure 6), schedules."""
     full = math.log(out_dim)
-    uniform = {"ln K: uniform": full, "0: one dimension": 0}
-    both = {"knn": "teacher", "knn_student": "student"}
     two = {"entropy": "each output's", "mean_entropy": "their mean's"}
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    axes = iter(figure.subplots(2, 4).flat)
-    draw_curve(next(axes), lines, "loss", {"loss": None}, {"ln K": full})
-    draw_curve(next(axes), lines, "entropy of the teacher, nats", two, uniform)
-    draw_curve(next(axes), lines, "KL(teacher, student), nats", {"kl": None}, {"0: collapse": 0})
-    draw_curve(next(axes), lines, "k-NN top-1, %", both)
-    draw_curve(next(axes), lines, "learning rate", {"lr": None})
-    draw_curve(next(axes), lines, "weight decay", {"weight_decay": None})
-    draw_curve(next(axes), lines, "momentum of the teacher", {"momentum": None})
-    draw_curve(next(axes), lines, "temperature of the teacher", {"teacher_temp": None})
-    figure.supxlabel("epoch", fontsize=10)
-    save_figure(figure, path)
+    draw_curves(lines, path, {
+        "loss": ({"loss": None}, {"ln K": full}),
+        "entropy of the teacher, nats": (two, {"ln K: uniform": full, "0: one dimension": 0}),
+        "KL(teacher, student), nats": ({"kl": None}, {"0: collapse": 0}),
+        "k-NN top-1, %": ({"knn": "teacher", "knn_student": "student"}, {}),
+        "learning rate": ({"lr": None}, {}),
+        "weight decay": ({"weight_decay": None}, {}),
+        "momentum of the teacher": ({"momentum": None}, {}),
+        "temperature of the teacher": ({"teacher_temp": None}, {}),
+    })  # fmt: skip
 
 
-def side_by_side(backbone, film, short=None, mass=0.6, smooth=False):
+# ---- the commands ----
+
+
+def side_by_side(backbone, film, args):
     """Yield (PIL image, milliseconds): each frame, its mean map and its mask beside one another.
 
     All are of the first frame's size.
     """
     size = None
-    start = time.monotonic()
-    for i, (_, image, duration) in enumerate(film):
+    for _, image, duration in film:
         size = size or image.shape[1:]
         image = resize(image, *size)
-        row = panels(image, *attend(backbone, image, short), mass, smooth)
+        maps = attend(backbone, image, args.size[0])
+        row = panels(image, *maps, args.mass, args.smooth)
         pixels = torch.cat([row["image"], row["mean of heads"], row["mask"]], 1)
         yield Image.fromarray(pixels.numpy()), duration
-        progress("frames", i + 1, len(film), start)
 
 
-# ---- the command ----
+def draw_source(backbone, source, args, written):
+    """Draw an image, each image of a folder, or a film, into args.output_dir."""
+    if is_film(source) or (args.fps and source.is_dir()):
+        if len(args.size) > 1:
+            raise ValueError("a film is drawn at one --size")
+        place = place_for(source.resolve().name, ".gif", args.output_dir, written)
+        write_gif(side_by_side(backbone, frames(source, args.fps or 10), args), place)
+        say(f"{source} -> {place}")
+        return
+    for path, image in stills(source):
+        name = path.name if path == source else "_".join(path.relative_to(source).parts)
+        place = place_for(name, ".png", args.output_dir, written)
+        try:
+            draw_attention(backbone, [image], place, args.size, args.mass, args.smooth)
+        except ValueError as error:  # too long a strip
+            if path == source:
+                raise
+            say(f"{path}: {error}; left out")
+            continue
+        say(f"{path} -> {place}")
+
+
+def place_for(name, ending, folder, written):
+    """Return where the picture of an image of this name goes."""
+    place = folder / f"{Path(name).stem}_attention{ending}"
+    while place in written:  # a.png and a.jpg
+        place = place.with_stem(f"{place.stem}_")
+    written.add(place)
+    return place
 
 
 def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in explain.KINDS:
-        return explain.parse_args(argv)
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    if argv and argv[0] in COMMANDS:
+        command, *argv = argv
+        parser = config.Parser(prog=f"visualize.py {command}")
+        parser.set_defaults(command=command)
+        importlib.import_module(COMMANDS[command]).add_flags(parser, command)
+    else:
+        parser = config.Parser(description=__doc__)
+        add_flags(parser)
+    args = parser.parse_args(argv)
+    config.check_numbers(args)
+    return args
+
+
+def add_flags(parser):
     add = parser.add_argument
-    vits = ", ".join(name for name in RELEASED if "vit" in name)
-    add("checkpoint", help=f"a checkpoint, {vits} (released weights), or a run's folder for its "
-        "curves")  # fmt: skip
+    add("checkpoint", help=f"a checkpoint, one of {', '.join(RELEASED)}, or a run's folder")
     add("images", nargs="*", type=Path, help="images, folders of images, animated GIFs or WebPs")
-    add_network_flags(parser)
+    config.add_network_flags(parser)
     add("--size", type=int, nargs="+", default=[None], help="short side in pixels, or several "
         "(default: 480/224 of the training size, 480 for the paper's)")  # fmt: skip
     add("--mass", type=float, default=0.6,
         help="share of the attention inside the outlines (the paper's: 0.6)")  # fmt: skip
     add("--smooth", action="store_true",
         help="interpolate between patches (default: a block for each)")  # fmt: skip
-    add("--panels", action="store_true",
-        help="also write each panel of the figure alone, at the image's own size")  # fmt: skip
     add("--fps", type=float, help="take a folder as the frames of a film, so many a second")
-    add_device_flag(parser)
-    add("--output", type=Path, help="folder for the pictures (default: beside the image; of a "
-        "folder, in FOLDER_attention)")  # fmt: skip
-    return parser.parse_args(argv)
-
-
-def check(args):
-    """ValueError: a flag that makes no sense, or no images."""
-    if not args.images:
-        raise ValueError("no images given: name some, or folders of them, after the checkpoint")
-    if not 0 < args.mass <= 1:
-        raise ValueError(f"--mass {args.mass} must lie in (0, 1]")
-    for size in args.size:
-        if size is not None and size < 1:
-            raise ValueError(f"--size {size} must be positive")
-    if args.fps is not None and not 0 < args.fps <= 100:
-        raise ValueError(f"--fps {args.fps} must lie in (0, 100]")
-
-
-def redraw_curves(log, output):
-    """Draw curves.png from a run's log."""
-    path = (output or log.parent) / "curves.png"
-    config = json.loads(log.with_name("config.json").read_text())
-    draw_curves(read_log(log), path, config["out_dim"])
-    say(f"{log} -> {path}")
-
-
-def place_for(path, source, ending, output, written):
-    """Choose where a picture goes: beside its image, beside its folder, or in --output."""
-    folder = output or Path(f"{source.resolve()}_attention")
-    if path == source:
-        folder = output or source.absolute().parent
-    stem = path.absolute().stem
-    place = folder / path.relative_to(source).parent / f"{stem}_attention{ending}"
-    while place in written:  # a.png and a.jpg
-        place = place.with_stem(f"{place.stem}_")
-    written.add(place)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    return place
-
-
-def draw_source(backbone, source, args, written):
-    """Draw an image, each image of a folder, or a film."""
-    if is_film(source) or (args.fps and source.is_dir()):
-        if args.panels or len(args.size) > 1:
-            raise ValueError("of a film neither --panels nor several --size can be drawn")
-        place = place_for(source, source, ".gif", args.output, written)
-        film = Film(source, args.fps)
-        write_gif(side_by_side(backbone, film, args.size[0], args.mass, args.smooth), place)
-        say(f"{source} -> {place}")
-        return
-    for path, image in stills(source):
-        place = place_for(path, source, ".png", args.output, written)
-        try:
-            draw_attention(backbone, [image], place, args.size, args.mass, args.smooth)
-        except ValueError as error:
-            if path == source:
-                raise
-            written.remove(place)
-            say(f"{path}: {error}; left out")
-            continue
-        if args.panels:
-            maps = attend(backbone, image, args.size[0])
-            for title, pixels in panels(image, *maps, args.mass, args.smooth).items():
-                alone = place.with_stem(f"{place.stem}_{title.replace(' ', '_')}")
-                Image.fromarray(pixels.numpy()).save(alone)
-        say(f"{path} -> {place}")
+    config.add_device_flag(parser)
+    config.add_flag(parser, "output_dir", type=Path, default=Path(), help="folder for the pictures "
+                    "(default: the current one)")  # fmt: skip
 
 
 def main(args):
-    if "kind" in args:
-        explain.main(args)
+    if "command" in args:
+        importlib.import_module(COMMANDS[args.command]).visualize(args)
         return
     log = Path(args.checkpoint, "log.jsonl")
     if log.is_file() and args.images:
         raise ValueError(f"to draw attention name the run's checkpoint, {log.parent / 'last.pth'}")
     if log.is_file():
-        redraw_curves(log, args.output)
+        settings = json.loads(log.with_name("config.json").read_text())
+        draw_log(read_log(log), args.output_dir / "curves.png", settings["out_dim"])
+        say(f"{log} -> {args.output_dir / 'curves.png'}")
         return
-    check(args)
-    backbone = load_vit(args)
+    if not args.images:
+        raise ValueError("no images given: name some, or folders of them, after the checkpoint")
+    loaded = load_backbone(args.checkpoint, args.network, args.num_heads)
+    backbone = require_vit(loaded.backbone).to(usable_device(args.device))
+    say(loaded.description)
     written = set()
     for source in args.images:
         draw_source(backbone, source, args, written)
-    if not written:
-        raise ValueError("none of the images can be drawn")
 
 
 if __name__ == "__main__":
-    run_command(main, parse_args)
+    config.run_command(main, parse_args)

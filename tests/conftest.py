@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)  # for the commands that tests start
 
 TINY = (
-    "--arch vit_micro --patch 8 --global_size 16 --local_size 8 --local_crops 2 "
+    "--arch vit_micro --patch 8 --global_crops_size 16 --local_crops_size 8 --local_crops_number 2 "
     "--out_dim 64 --hidden_dim 32 --bottleneck_dim 16 --batch 4 --workers 0 "
     "--device cpu --knn_bank 20 --log_every 1"
 ).split()
@@ -48,7 +48,7 @@ def several_blocks(monkeypatch):
     """Gives vit_micro four blocks and four heads, to be told apart, in this process alone."""
     import vit
 
-    monkeypatch.setitem(vit.ARCHITECTURES, "vit_micro", dict(dim=64, depth=4, heads=4))
+    monkeypatch.setitem(vit.ARCHITECTURES, "vit_micro", dict(embed_dim=64, depth=4, num_heads=4))
 
 
 @pytest.fixture
@@ -69,19 +69,36 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
+def backbone_of(arch, patch_size, img_size):
+    """An untrained ViT of the architectures' table."""
+    import vit
+
+    return vit.ViT(patch_size, img_size=img_size, **vit.ARCHITECTURES[arch])
+
+
+def errors(lines):
+    """What stands on stderr but for the progress, of which there may be any number of lines."""
+    return [line for line in lines if not line.endswith(" left")]
+
+
 def command_here(file, *flags, out=None):
-    """Run a command as typed, but in this process: (status, lines on stderr)."""
+    """Run a command as typed, but in this process: (status, lines on stderr but progress).
+
+    file: train.py, say, or what follows `python -m`.
+    """
     out = out or io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         patch.setattr(sys, "argv", [file, *flags])
-        patch.setattr(sys, "unraisablehook", sys.unraisablehook)  # run_command() changes it
         with redirect_stderr(io.StringIO()) as err:
             try:
-                runpy.run_path(str(ROOT / file), run_name="__main__")
+                if file.endswith(".py"):
+                    runpy.run_path(str(ROOT / file), run_name="__main__")
+                else:
+                    runpy.run_module(file, run_name="__main__", alter_sys=True)
                 status = 0
             except SystemExit as stop:
                 status = stop.code or 0
                 if isinstance(stop.code, str):  # the interpreter prints it
                     print(stop.code, file=sys.stderr)
                     status = 1
-    return status, err.getvalue().splitlines()
+    return status, errors(err.getvalue().splitlines())

@@ -1,7 +1,7 @@
 """Multi-crop against torchvision, operation by operation; its distributions are the paper's."""
 
 import colorsys
-from itertools import product
+from itertools import compress, product
 from random import Random
 
 import pytest
@@ -10,14 +10,14 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 import augment
-from augment import MultiCrop, draw_parameters, photometry, random_box, resize
-from features import center_crop
+from augment import MultiCrop, View, draw_photometry, photometry, random_box, resize
+from evaluation.features import center_crop
 
 TOLERANCE = 2 / 255
 
 
 def images(b=6, h=40, w=36):
-    """Blurry noise, with saturated, grey and black parts."""
+    """Blurry noise, with saturated, gray and black parts."""
     x = torch.rand(b, 3, 5, 5) * 1.6 - 0.3
     x = torch.nn.functional.interpolate(x, (h, w), mode="bicubic").clamp(0, 1)
     x[0, :, 9:18], x[-1, :, :9] = x[0, :, 9:18].mean(0), 0
@@ -35,6 +35,11 @@ def test_resize_is_torchvisions(shape):
     close(resize(image, *shape) / 255, expected / 255)
 
 
+def test_resize_to_the_same_size_is_the_identity():
+    image = torch.randint(256, (3, 37, 53), dtype=torch.uint8)
+    assert torch.equal(resize(image, 37, 53), image)
+
+
 @pytest.mark.parametrize(
     "position, name", list(enumerate(["brightness", "contrast", "saturation", "hue"]))
 )
@@ -43,15 +48,15 @@ def test_each_jitter_is_torchvisions(position, name):
     values = [0.6, 0.8, 1.0, 1.1, 1.3, 1.4]
     if name == "hue":
         values = [-0.1, -0.05, 0, 0.02, 0.07, 0.1]
-    factors = torch.tensor([[1.0, 1.0, 1.0, 0.0]] * 6)
-    factors[:, position] = torch.tensor(values)
+    factors = torch.tensor([[1.0], [1.0], [1.0], [0.0]]).repeat(1, 6)
+    factors[position] = torch.tensor(values)
     theirs = getattr(tv, f"adjust_{name}")
     expected = torch.stack([theirs(one, value) for one, value in zip(x, values)])
     close(augment.color_jitter(x, factors, torch.zeros(6)), expected)
 
 
 def test_hue_turns_as_in_the_standard_librarys_hsv():
-    """Greys, pure colours and ties among them, up to a sixth of a turn either way."""
+    """Grays, pure colors and ties among them, up to a sixth of a turn either way."""
     levels = [0, 0.25, 0.3, 0.75, 1]
     colors = torch.tensor(list(product(levels, repeat=3)))
     for shift in (-1 / 6, -0.1, 0.03, 1 / 6):
@@ -62,11 +67,11 @@ def test_hue_turns_as_in_the_standard_librarys_hsv():
 
 
 def test_without_jitter_not_a_bit_changes():
-    parameters = torch.tensor([draw_parameters(Random(i), 0, 0)[:5] for i in range(50)])
-    plain = parameters[:, 4] < 0
-    x = images(50)
-    jittered = augment.color_jitter(x.clone(), parameters[:, :4], parameters[:, 4])
-    assert 0 < plain.sum() < 25 and (parameters[plain] == torch.tensor([1.0, 1, 1, 0, -1])).all()
+    drawn = draws(lambda rng: draw_photometry(View(8, (0.4, 1.0), 0.5, 0.0), 2.0, rng)[:5], 50)
+    *factors, order = torch.tensor(drawn).unbind(1)
+    plain, x = order < 0, images(50)
+    jittered = augment.color_jitter(x.clone(), torch.stack(factors), order)
+    assert 0 < plain.sum() < 25 and (order[plain] == -1).all()
     assert (jittered[plain] == x[plain]).all()
     assert (jittered[~plain] != x[~plain]).flatten(1).any(1).all()
 
@@ -83,7 +88,7 @@ def test_jitter_follows_each_samples_order():
         for operation in augment.ORDERS[i].tolist():
             one = functions[operation](one, factors[operation][i].item())
         expected.append(one)
-    jittered = augment.color_jitter(x, torch.stack(factors, 1), torch.arange(24.0))
+    jittered = augment.color_jitter(x, torch.stack(factors), torch.arange(24.0))
     close(jittered, torch.stack(expected))
 
 
@@ -97,14 +102,37 @@ def test_blur_is_torchvisions():
 
 def test_gray_solarize_and_normalisation_are_torchvisions():
     crops = (images(3) * 255).byte()
-    parameters = torch.tensor(
-        [[1, 1, 1, 0, -1, 1, 0, 0], [1, 1, 1, 0, -1, 0, 0, 1], [1, 1, 1, 0, -1, 0, 0, 0.0]]
-    )
+    drawn = torch.tensor([[0.7, 1.4, 1.2, 0.1, -1, 0, 0, 0]] * 3)
+    drawn[0, 5] = drawn[1, 7] = 1
     expected = (
         torch.stack([tv.rgb_to_grayscale(crops[0], 3), tv.solarize(crops[1], 128), crops[2]]) / 255
     )
     mean, std = (torch.tensor(value)[:, None, None] for value in (augment.MEAN, augment.STD))
-    close(photometry(crops, parameters) * std + mean, expected)
+    close(augment.change_colors(crops, *drawn.unbind(1)) * std + mean, expected)
+
+
+def test_photometry_treats_each_view_of_each_image_by_itself():
+    """Also where a CPU takes them in parts."""
+    crops = (images(8, 224, 224) * 255).byte().unflatten(0, (4, 2))
+    views = View(224, (0.4, 1.0), blur=1.0, solarize=0.0), View(224, (0.4, 1.0), 0.1, 0.5)
+    drawn = draws(lambda rng: [draw_photometry(view, 2.0, rng) for view in views], 4)
+    drawn = torch.tensor(drawn)
+    got = photometry(crops, drawn)
+    assert got.shape == (2, 4, 3, 224, 224) and got.dtype == torch.float32
+    for b, v in product(range(4), range(2)):
+        expected = augment.change_colors(crops[b, v][None], *drawn[b, v, :, None])[0]
+        torch.testing.assert_close(got[v, b], expected, rtol=0, atol=1e-5)
+
+
+def test_the_recipe_is_the_papers():
+    """Section 3.2 names BYOL's; the strengths are the reference code's."""
+    common = dict(flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+    large = common | dict(gray=0.2, size=224, scale=(0.4, 1.0))
+    small = common | dict(gray=0.2, size=96, scale=(0.05, 0.4))
+    first, second = large | dict(blur=1.0, solarize=0.0), large | dict(blur=0.1, solarize=0.2)
+    crop = MultiCrop()
+    expected = [first, second] + [small | dict(blur=0.5, solarize=0.0)] * 8
+    assert [view._asdict() for view in crop.views] == expected and crop.blur_sigma == 2.0
 
 
 def draws(function, n=2000):
@@ -163,8 +191,11 @@ def test_a_view_has_its_own_scale_range_and_flips_half_the_time():
     )
     crop, flips, area = MultiCrop(64, 64), [], {"global": [], "local": []}
     for i in range(100):
-        big, small, _ = crop(image, Random(i))
+        (big, drawn), (small, drawn_small) = crop(image, Random(i))
         assert big.shape == (2, 3, 64, 64) and small.shape == (8, 3, 64, 64)
+        assert big.dtype == small.dtype == torch.uint8
+        assert drawn.shape == (2, 8) and drawn_small.shape == (8, 8)
+        assert drawn.dtype == drawn_small.dtype == torch.float32
         for name, views in (("global", big), ("local", small)):
             for view in views.float():
                 row, column = view[1, :, 0], view[0, 0]
@@ -180,40 +211,46 @@ def test_a_view_has_its_own_scale_range_and_flips_half_the_time():
 
 
 def test_photometry_is_drawn_as_in_the_paper():
-    drawn = [
-        dict(zip(augment.PARAMETERS, parameters))
-        for parameters in draws(lambda rng: draw_parameters(rng, 0.5, 0.2))
-    ]
-    jittered = [p for p in drawn if p["brightness"] != 1]
-    assert rate([p in jittered for p in drawn], 0.8)
-    ranges = [(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]
-    for name, (low, high) in zip(("brightness", "contrast", "saturation", "hue"), ranges):
-        assert uniform([p[name] for p in jittered], low, high)
-    assert {p["order"] for p in jittered} == set(range(24))
-    assert rate([p["gray"] for p in drawn], 0.2) and rate([p["sigma"] > 0 for p in drawn], 0.5)
-    assert rate([p["solarize"] for p in drawn], 0.2)
-    assert uniform([p["sigma"] for p in drawn if p["sigma"]], 0.1, 2.0)
+    view = View(224, (0.4, 1.0), blur=0.5, solarize=0.2)
+    *factors, order, gray, sigma, solarize = zip(
+        *draws(lambda rng: draw_photometry(view, 2.0, rng))
+    )
+    jittered = [number >= 0 for number in order]
+    assert rate(jittered, 0.8)
+    for values, bounds in zip(factors, [(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]):
+        assert uniform(list(compress(values, jittered)), *bounds)
+    assert set(order) == set(range(-1, 24))
+    assert rate(gray, 0.2) and rate([value > 0 for value in sigma], 0.5) and rate(solarize, 0.2)
+    assert uniform([value for value in sigma if value], 0.1, 2.0)
+
+
+def drawn_for(crop, image, rng):
+    """What was drawn for all views of an image, [v, 8]."""
+    return torch.cat([drawn for _, drawn in crop(image, rng)])
 
 
 def test_each_view_has_its_own_rates():
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    parameters = torch.stack([MultiCrop(8, 8, 2)(image, Random(i))[2] for i in range(1000)])
-    blurred, solarized = (
-        parameters[..., augment.PARAMETERS.index(name)] > 0 for name in ("sigma", "solarize")
-    )
+    crop = MultiCrop(8, 8, 2)
+    drawn = torch.stack(draws(lambda rng: drawn_for(crop, image, rng), 1000))
+    blurred, solarized = drawn[..., 6] > 0, drawn[..., 7] > 0
     for view, (blur, solarize) in enumerate([(1.0, 0.0), (0.1, 0.2), (0.5, 0.0), (0.5, 0.0)]):
         assert rate(blurred[:, view].tolist(), blur) and rate(solarized[:, view].tolist(), solarize)
 
 
 def test_views_are_independent_and_follow_from_the_generator():
     image = (images(1)[0] * 255).byte()
-    first, again, other = (MultiCrop(16, 16, 2)(image, Random(seed)) for seed in (1, 1, 2))
+    first, again, other = (sum(MultiCrop(16, 16, 2)(image, Random(i)), ()) for i in (1, 1, 2))
     assert all((a == b).all() for a, b in zip(first, again)) and not (first[0] == other[0]).all()
-    flips = torch.tensor(
-        [MultiCrop(8, 8, 2)(image, Random(i))[2][:, 5].tolist() for i in range(2000)]
-    )
-    correlation = torch.corrcoef(flips.T)
+    crop = MultiCrop(8, 8, 2)
+    gray = torch.stack(draws(lambda rng: drawn_for(crop, image, rng)[:, 5]))
+    correlation = torch.corrcoef(gray.T)
     assert (correlation - torch.eye(4)).abs().max() < 0.09
+
+
+def test_without_local_crops_there_are_global_ones_alone():
+    (crops, drawn), *rest = MultiCrop(16, 8, 0)(torch.zeros(3, 20, 20).byte(), Random(0))
+    assert crops.shape == (2, 3, 16, 16) and drawn.shape == (2, 8) and not rest
 
 
 def test_center_crop_is_resize_256_crop_224():

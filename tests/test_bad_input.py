@@ -15,15 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import train
-from backbone import build_backbone, resnet50
-from checkpoint import export
-from conftest import TINY, command_here
-from data import Folder, Order, Samples
-from decode import read_image
+from conftest import TINY, backbone_of, command_here, errors
 from head import DINOHead
-from shapes import Shapes
+from util.checkpoint import export, resnet50
+from util.data import BatchSampler, Folder, MultiCropDataset
+from util.images import read_image
+from util.shapes import Shapes
 
 
 def png(width, height):
@@ -50,7 +48,9 @@ def place(tmp_path_factory):
     put_run(place / "run-old", {"format": 1, "args": {}})
     put_run(place / "run-cut", {})
     (place / "run-cut" / "last.pth").write_bytes(whole[:5000])
-    (place / "run-folder" / "last.pth").mkdir(parents=True)
+    put_run(place / "run-folder", {})
+    (place / "run-folder" / "last.pth").unlink()
+    (place / "run-folder" / "last.pth").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         flags = "--data good --steps 1 --output run --knn_every 0"
@@ -97,9 +97,9 @@ def put_images(place):
 
 
 def put_checkpoints(place):
-    backbone = build_backbone("vit_micro", 8, 16)
+    backbone = backbone_of("vit_micro", 8, 16)
     torch.save(export(backbone), place / "bare.pth")
-    teacher = train.Network(backbone, DINOHead(backbone.dim, 8, 8, 4)).state_dict()
+    teacher = train.Network(backbone, DINOHead(backbone.embed_dim, 8, 8, 4)).state_dict()
     torch.save({"teacher": teacher, "args": {"data": "gone"}}, place / "gone.pth")
     torch.save(resnet50().state_dict(), place / "resnet.pth")
     torch.save({"weight": torch.zeros(3)}, place / "foreign.pth")
@@ -111,31 +111,40 @@ def put_checkpoints(place):
 
 def put_run(folder, content):
     folder.mkdir()
+    (folder / ".lock").touch()  # as each run does
     torch.save(content, folder / "last.pth")
 
 
-BOUNDED = (
-    "patch 0, patch -8, global_size 0, local_size -1, hidden_dim 0, bottleneck_dim 0, epochs 0, "
-    "batch 0, accumulate -1, log_every 0, knn_bank 0, local_crops -1, warmup_epochs -1, "
-    "freeze_last_layer -1, workers -1, steps -5, save_every -1, keep_every -1, keep -1, "
-    "knn_every -1, out_dim 1, lr -0.1, lr nan, lr inf, min_lr nan, weight_decay -1.0, "
-    "weight_decay_end nan, clip nan, student_temp 0.0, teacher_temp nan, teacher_temp 2.0, "
-    "warmup_teacher_temp 0.0, momentum 1.1, momentum nan, center_momentum -0.1, drop_path 1.0"
+POSITIVE = (
+    "patch_size 0, patch_size -8, global_crops_size 0, local_crops_size -1, hidden_dim 0, "
+    "bottleneck_dim 0, epochs 0, batch_size_per_gpu 0, accumulate -1, log_every 0, knn_bank 0, "
+    "lr -0.1, lr nan, lr inf, student_temp 0.0, teacher_temp nan, warmup_teacher_temp 0.0"
 )
+NOT_NEGATIVE = (
+    "local_crops_number -1, warmup_epochs -1, freeze_last_layer -1, num_workers -1, steps -5, "
+    "saveckp_freq -1, knn_every -1, min_lr nan, weight_decay -1.0, weight_decay_end nan, "
+    "clip_grad nan, momentum_teacher nan, center_momentum -0.1"
+)
+AT_MOST_1 = "momentum_teacher 1.1, center_momentum 2.0, drop_path_rate 1.5"
 TRAIN = [  # flags of train.py, what the line says; --data good --output out come first
-    *((f"--{flag}", f"--{flag} must be at least") for flag in BOUNDED.split(", ")),
+    *((f"--{flag}", f"--{flag} must be positive") for flag in POSITIVE.split(", ")),
+    *((f"--{flag}", f"--{flag} must be 0 or more") for flag in NOT_NEGATIVE.split(", ")),
+    *((f"--{flag}", f"--{flag} must not be above 1") for flag in AT_MOST_1.split(", ")),
+    ("--out_dim 1", "--out_dim 1 must be"),
     ("--epochs many", "argument --epochs: invalid int value: 'many'"),
     ("--lr", "argument --lr: expected one argument"),
     ("--learning_rate 1", "unrecognized arguments: --learning_rate 1"),
     ("--arch vit_giant", "invalid choice: 'vit_giant'"),
     ("--amp fp8", "invalid choice: 'fp8'"),
     ("--optimizer lars", "--optimizer lars: adamw or sgd"),
-    ("--global_scale 0.5 0.2", "--global_scale 0.5 0.2 must be two shares"),
-    ("--local_scale 0 0.2", "--local_scale 0 0.2 must be two shares"),
-    ("--global_scale nan 1", "must be two shares"),
-    ("--patch 7", "--patch 7 must divide --global_size 16"),
-    ("--local_size 12", "--patch 8 must divide --local_size 12"),
-    ("--warmup_epochs 99", "--warmup_epochs 99 is more than --epochs 12"),
+    ("--norm_last_layer maybe", "argument --norm_last_layer: true or false, not 'maybe'"),
+    ("--global_crops_scale 0.5 0.2", "--global_crops_scale 0.5 0.2 must be two shares"),
+    ("--local_crops_scale 0 0.2", "--local_crops_scale 0 0.2 must be two shares"),
+    ("--global_crops_scale nan 1", "--global_crops_scale nan must be"),
+    ("--global_crops_scale 0.5", "argument --global_crops_scale: expected 2 arguments"),
+    ("--patch 7", "--patch 7 must divide --global_crops_size 16"),
+    ("--local_crops_size 12", "--patch 8 must divide --local_crops_size 12"),
+    ("--warmup_epochs 99", "--warmup_epochs 99: more than --epochs 12"),
     ("--batch 9", "8 images are fewer than a global batch of 9"),
     ("--batch 4 --accumulate 3", "8 images are fewer than a global batch of 12"),
     ("--device cuda:99", "--device cuda:99 cannot be used here"),
@@ -153,12 +162,16 @@ TRAIN = [  # flags of train.py, what the line says; --data good --output out com
     ("--init empty", "no checkpoint at 'empty'"),
     ("--init text.pth", "'text.pth' is not a readable checkpoint"),
     ("--init foreign.pth", "'foreign.pth' is not a DINO backbone"),
-    ("--init bare.pth --patch 16 --local_size 16", "--arch vit_micro --patch 16 must say so"),
+    ("--init bare.pth --patch 16 --local_crops_size 16", "--init bare.pth is a ViT of width 96, "
+     "1 block, 2 heads, patch 8, --arch and --patch say ViT"),
+    ("--init resnet.pth", "--init resnet.pth is a ResNet-50, --arch and --patch say ViT"),
     ("--output image.png", "image.png"),
     ("--output image.png/run", "image.png"),
     ("--output run --data good --seed 5", "seed 0 -> 5): choose another --output"),
     ("--output run --data good --lr 0.5",
      "lr 0.016 -> 0.5): choose another --output, or --overwrite it"),
+    ("--output run --data good --epochs 5", "epochs 12 -> 5): choose another --output"),
+    ("--output run --data few --batch 3", "images of other names, 8 -> 3 of them): choose another"),
     ("--output run-foreign", "run-foreign/last.pth is no run to resume"),
     ("--output run-old", "run-old/last.pth is no run to resume, or of another version"),
     ("--output run-cut", "run-cut/last.pth' is not a readable checkpoint: cut short"),
@@ -177,69 +190,64 @@ OTHERS = [
     ("evaluate.py knn bare.pth --network student --data few", "'few' has no labels"),
     ("evaluate.py knn gone.pth --network student --data good", "has no student, only teacher"),
     ("evaluate.py knn bare.pth --data one", "'one' has no labels"),
+    ("evaluate.py knn run", "no checkpoint at 'run'"),
     ("evaluate.py knn bare.pth --data differ",
-     "the training split has classes ['a', 'b'], the held-out one ['c', 'd']: none in common"),
+     "the splits of 'differ' have no class in common: training ['a', 'b'], held-out ['c', 'd']"),
     ("evaluate.py knn bare.pth --data onlyone", "the held-out split of 'onlyone' has no labels"),
     ("evaluate.py knn bare.pth --data nothing", "no images below"),
     ("evaluate.py linear bare.pth --data nothing", "no images below"),
     ("evaluate.py linear bare.pth --data few", "'few' has no labels"),
     ("evaluate.py linear bare.pth --data differ/val",
-     "no held-out split to test a classifier on"),
-    ("evaluate.py linear bare.pth --data good --lr 0.1 nan", "--lr [0.1, nan] must be positive"),
+     "'differ/val' has no held-out split"),
+    ("evaluate.py linear bare.pth --data good --lr 0.1 nan", "--lr nan must be positive"),
     ("evaluate.py linear bare.pth --data good --epochs 0", "--epochs 0 must be positive"),
-    ("evaluate.py linear bare.pth --data good --last 0", "--last 0 must be positive"),
-    ("evaluate.py logistic bare.pth --data differ/val", "no held-out split to test a classifier"),
+    ("evaluate.py linear bare.pth --data good --n_last_blocks 0",
+     "--n_last_blocks 0 must be positive"),
+    ("evaluate.py logistic bare.pth --data differ/val", "'differ/val' has no held-out split"),
     ("evaluate.py logistic bare.pth --data few", "'few' has no labels"),
-    ("evaluate.py logistic bare.pth --data good --fraction 0", "--fraction [0.0] must be positive"),
+    ("evaluate.py logistic bare.pth --data good --fraction 0", "--fraction 0.0 must be positive"),
     ("evaluate.py logistic bare.pth --data good --fraction 1.5", "must not be above 1"),
     ("evaluate.py logistic bare.pth --data good --fraction 0.01", "is no image of any class"),
     ("evaluate.py predict bare.pth bare.pth image.png", "'bare.pth' is no linear.pth"),
     ("evaluate.py predict bare.pth nowhere.pth image.png", "no checkpoint at 'nowhere.pth'"),
-    ("segment.py masks bare.pth --data good", "none of 8 images says where its objects are"),
-    ("segment.py masks bare.pth --data good --masks good", "'good/train/a/0.png': 'good/"),
-    ("segment.py masks bare.pth --data good --size 0", "--size 0 must be positive"),
-    ("segment.py masks bare.pth --data good --mass 1.5", "--mass 1.5 must not be above 1"),
-    ("segment.py masks resnet.pth --data good", "a convnet has no attention"),
-    ("segment.py masks bare.pth --data good --masks nowhere", "no images below 'nowhere'"),
-    ("segment.py masks bare.pth --data few --masks good/train", "no image below 'few' has a mask"),
-    ("segment.py video bare.pth few", "give the first frame's mask with --mask"),
-    ("segment.py video bare.pth few --mask nowhere.png", "cannot read the mask 'nowhere.png'"),
-    ("segment.py video bare.pth few --mask image.png", "'image.png' is no mask"),
-    ("segment.py video bare.pth few --mask no-mask.png", "the first mask shows no object"),
-    ("segment.py video bare.pth few --mask small-mask.png",
+    ("evaluate.py masks bare.pth --data good", "none of 8 images says where its objects are"),
+    ("evaluate.py masks bare.pth --data good --masks good", "'good/train/a/0.png': 'good/"),
+    ("evaluate.py masks bare.pth --data good --size 0", "--size 0 must be positive"),
+    ("evaluate.py masks bare.pth --data good --mass 1.5", "--mass 1.5 must not be above 1"),
+    ("evaluate.py masks resnet.pth --data good", "a convnet has no attention"),
+    ("evaluate.py masks bare.pth --data good --masks nowhere", "no images below 'nowhere'"),
+    ("evaluate.py masks bare.pth --data few --masks good/train", "no image below 'few' has a mask"),
+    ("visualize.py video bare.pth few", "give the first frame's mask with --mask"),
+    ("visualize.py video bare.pth few --mask nowhere.png", "cannot read the mask 'nowhere.png'"),
+    ("visualize.py video bare.pth few --mask image.png", "'image.png' is no mask"),
+    ("visualize.py video bare.pth few --mask no-mask.png", "the first mask shows no object"),
+    ("visualize.py video bare.pth few --mask small-mask.png",
      "frame 1 is of 64 x 64 pixels, the first mask of 32 x 32"),
-    ("segment.py video bare.pth sizes --mask mask.png",
+    ("visualize.py video bare.pth sizes --mask mask.png",
      "frame 3 is of 60 x 64 pixels, the first mask of 64 x 64"),
-    ("segment.py video bare.pth image.png --mask mask.png", "'image.png' has one frame"),
-    ("segment.py video bare.pth film.mp4 --mask mask.png", "a film is read as a GIF or a folder"),
-    ("segment.py video bare.pth empty --mask mask.png", "no images below 'empty'"),
-    ("segment.py video bare.pth bad --mask mask.png", "cannot read 'bad/a/0.png'"),
-    ("segment.py video bare.pth few --mask mask.png --nearest 0", "--nearest 0 must be from 1 to"),
-    ("segment.py video bare.pth few --mask mask.png --fps 0", "--fps 0.0 must be positive"),
-    ("segment.py video bare.pth few --mask mask.png --output image.png", "image.png"),
-    ("segment.py video bare.pth few --mask mask.png --output few/out", "these must stay"),
-    ("segment.py video bare.pth few --mask mask.png --output .", "holds the film or its mask"),
-    ("segment.py video bare.pth few --mask mask.png --strip few/a.png", "would replace the film"),
-    ("segment.py video bare.pth few --mask mask.png --strip mask.png", "would replace the film"),
-    ("segment.py video bare.pth few --mask mask.png --strip nowhere/a.png", "no such folder"),
-    ("segment.py video bare.pth few --mask mask.png --radius 2000", "must be from 0 to 1000"),
-    ("segment.py video resnet.pth few --mask mask.png", "a convnet has no attention and no patch"),
-    ("segment.py davis resnet.pth --data shapes", "a convnet has no attention and no patch"),
-    ("segment.py davis bare.pth --data good", "'good' is not in DAVIS's layout"),
-    ("segment.py davis bare.pth --data nowhere", "no folder 'nowhere'"),
-    ("segment.py davis bare.pth --data good --write good/train", "--write good/train is in 'good'"),
-    ("segment.py davis --data shapes", "give either a checkpoint, or --results"),
-    ("segment.py davis --data good --results few --write a", "without --write or --untrained"),
-    ("segment.py davis --results few", "give --data, the sequences that the results belong to"),
-    ("segment.py davis --data shapes --results nowhere", "a result is missing: 'nowhere/film 1/"),
+    ("visualize.py video bare.pth image.png --mask mask.png", "'image.png' has one frame"),
+    ("visualize.py video bare.pth film.mp4 --mask mask.png", "cannot read 'film.mp4'"),
+    ("visualize.py video bare.pth empty --mask mask.png", "no image below 'empty' can be read"),
+    ("visualize.py video bare.pth bad --mask mask.png", "cannot read 'bad/a/0.png'"),
+    ("visualize.py video bare.pth few --mask mask.png --topk 0", "--topk 0 must be positive"),
+    ("visualize.py video bare.pth few --mask mask.png --fps 0", "--fps 0.0 must be positive"),
+    ("visualize.py video bare.pth few --mask mask.png --output image.png", "image.png"),
+    ("visualize.py video bare.pth few --mask mask.png --output few/out", "these must stay"),
+    ("visualize.py video bare.pth few --mask mask.png --output .", "holds the film or its mask"),
+    ("visualize.py video resnet.pth few --mask mask.png",
+     "a convnet has no attention and no patch"),
+    ("evaluate.py davis resnet.pth --data shapes", "a convnet has no attention and no patch"),
+    ("evaluate.py davis bare.pth --data good", "'good' is not in DAVIS's layout"),
+    ("evaluate.py davis bare.pth --data nowhere", "'nowhere' is not in DAVIS's layout"),
     ("evaluate.py knn bare.pth --data good --output text.jpg", "text.jpg"),
-    ("evaluate.py knn bare.pth --data bad", "none of 22 images can be read"),
-    ("evaluate.py knn bare.pth --data good --k 0", "--k [0] must be positive"),
-    ("evaluate.py knn bare.pth --data good --batch 0", "--batch 0 must be positive"),
-    ("evaluate.py knn bare.pth --data good --workers -1", "--workers -1 must not be negative"),
+    ("evaluate.py knn bare.pth --data bad", "22 of 22 images cannot be read, the first "),
+    ("evaluate.py knn bare.pth --data good --k 0", "--nb_knn 0 must be positive"),
+    ("evaluate.py knn bare.pth --data good --batch 0", "--batch_size_per_gpu 0 must be positive"),
+    ("evaluate.py knn bare.pth --data good --workers -1",
+     "--num_workers -1 must be 0 or more"),
     ("evaluate.py knn bare.pth --data good --device cuda:99",
      "--device cuda:99 cannot be used here"),
-    ("visualize.py crops unreadable", "no image in 'unreadable' can be read"),
+    ("visualize.py crops unreadable", "no image below 'unreadable' can be read"),
     ("visualize.py bare.pth", "no images given"),
     ("visualize.py nowhere.pth image.png", "no checkpoint at 'nowhere.pth'"),
     ("visualize.py bare.pth nowhere.png", "cannot read 'nowhere.png'"),
@@ -247,18 +255,34 @@ OTHERS = [
     ("visualize.py bare.pth cut.png", "cannot read 'cut.png'"),
     ("visualize.py bare.pth bomb.png",
      "cannot read 'bomb.png': Image size (10000000000 pixels) exceeds limit"),
-    ("visualize.py bare.pth film.mp4", "a film is read as a GIF or a folder of frames: mkdir"),
-    ("visualize.py bare.pth empty", "no images below"),
-    ("visualize.py bare.pth image.png --mass 0", "--mass 0.0 must lie in (0, 1]"),
+    ("visualize.py bare.pth film.mp4", "cannot read 'film.mp4'"),
+    ("visualize.py bare.pth empty", "no image below 'empty' can be read"),
+    ("visualize.py bare.pth image.png --mass 0", "--mass 0.0 must be positive"),
     ("visualize.py bare.pth image.png --size 0", "--size 0 must be positive"),
     ("visualize.py bare.pth image.png --size 100000", "more than 65536 patches: lower --size"),
-    ("visualize.py bare.pth half --fps 0", "--fps 0.0 must lie in (0, 100]"),
-    ("visualize.py bare.pth bad --fps 5", "none could be read"),
+    ("visualize.py bare.pth half --fps 0", "--fps 0.0 must be positive"),
+    ("visualize.py bare.pth bad --fps 5", "no image below 'bad' can be read"),
     ("visualize.py bare.pth image.png --output text.jpg", "text.jpg"),
     ("visualize.py resnet.pth image.png", "a convnet has no attention"),
-    ("checkpoint.py nowhere.pth out.pth", "no checkpoint at 'nowhere.pth'"),
-    ("checkpoint.py bare.pth nowhere/out.pth", "nowhere/out.pth"),
-    ("checkpoint.py bare.pth empty", "empty"),
+    ("visualize.py bare.pth image.png --num_heads 5", "--num_heads 5 must divide the width, 96"),
+    ("visualize.py run image.png", "name the run's checkpoint, run/last.pth"),
+    ("visualize.py crops", "the following arguments are required: image"),
+    ("visualize.py schedules --arch vit_mini", "give --epochs"),
+    ("visualize.py targets bare.pth", "'bare.pth' has no head and no centre: name a last.pth"),
+    ("evaluate.py search bare.pth image.png --data shapes", "shapes is no folder of images"),
+    ("evaluate.py search bare.pth nowhere.png --data good", "cannot read 'nowhere.png'"),
+    ("evaluate.py search bare.pth image.png --data bad", "22 of 22 images cannot be read"),
+    ("evaluate.py search bare.pth image.png --data good --top 0", "--top 0 must be positive"),
+    ("evaluate.py copies bare.pth --data good --threshold 2", "must not be above 1"),
+    ("evaluate.py features bare.pth --data good --file nowhere/x.pth", "--file nowhere/x.pth must"),
+    ("evaluate.py oxford bare.pth --data good", "cannot read the ground truth 'good/gnd_roxford"),
+    ("evaluate.py copydays bare.pth --data good", "no images below 'good/original'"),
+    ("evaluate.py copydays bare.pth --data good --size 7", "--size 7 must be divisible by"),
+    ("tests/bench.py --data nowhere", "no images below 'nowhere'"),
+    ("util/shapes.py image.png", "image.png"),
+    ("evaluate.py export nowhere.pth out.pth", "no checkpoint at 'nowhere.pth'"),
+    ("evaluate.py export bare.pth nowhere/out.pth", "nowhere/out.pth"),
+    ("evaluate.py export bare.pth empty", "empty"),
 ]  # fmt: skip
 ENVIRONMENTS = [
     ("WORLD_SIZE=many", "'many'"),
@@ -273,21 +297,27 @@ MET_ON_THE_WAY = "images in a row cannot be read", "more than 1 %", "mend or rem
 
 
 def state_of(place):
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in place.rglob("*")}
+    """What is there, and when it changed, but for the empty .lock of a run's folder."""
+    found = {path: path.stat() for path in place.rglob("*") if path.name != ".lock"}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
 
 def check(place, monkeypatch, line, message):
     monkeypatch.chdir(place)
     before = state_of(place)
-    status, lines = command_here(*line)
-    on_the_way = "cannot read", "epoch ", "features "  # a bad image, named once; progress
-    errors = [text for text in lines if not text.startswith(on_the_way)]
-    assert status in (1, 2) and len(errors) == 1, (status, lines)
-    assert errors[0].startswith((f"{line[0]}: ", f"{line[0]} {line[1]}: "))
-    assert message in errors[0]
-    if any(text in message for text in MET_ON_THE_WAY):
-        assert not list((place / "out").glob("*.pth"))
-        shutil.rmtree(place / "out")
+    try:
+        status, lines = command_here(*line)
+        checkpoints = list((place / "out").glob("*.pth"))
+    finally:
+        begun = (place / "out").exists()
+        shutil.rmtree(place / "out", ignore_errors=True)
+    # a bad image is named once
+    ends = [text for text in lines if not text.startswith("cannot read")]
+    assert status in (1, 2) and len(ends) == 1, (status, lines)
+    file = line[0].split("/")[-1]
+    assert ends[0].startswith((f"{file}: ", f"{file} {line[1]}: "))
+    assert message in ends[0]
+    assert begun == any(text in message for text in MET_ON_THE_WAY) and not checkpoints
     assert state_of(place) == before
 
 
@@ -300,6 +330,14 @@ def test_train(place, monkeypatch, flags, message):
 @pytest.mark.parametrize("line, message", OTHERS)
 def test_other_commands(place, monkeypatch, line, message):
     check(place, monkeypatch, line.split(), message)
+
+
+def test_a_folder_that_is_refused_gains_no_file(tmp_path):
+    (tmp_path / "run").mkdir()
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "run" / "last.pth")
+    status, lines = command_here("train.py", *TINY, "--output", str(tmp_path / "run"))
+    assert status == 1 and len(lines) == 1 and "is no run to resume" in lines[0]
+    assert [path.name for path in (tmp_path / "run").glob("[!.]*")] == ["last.pth"]  # but its lock
 
 
 @pytest.mark.parametrize("variables, message", ENVIRONMENTS)
@@ -341,6 +379,15 @@ def mutants(count):
         yield bytes(content), extension
 
 
+class Whole:
+    """A crop that leaves an image as it is."""
+
+    least = None
+
+    def __call__(self, image, rng):
+        return image
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_500_mutated_images_load_as_rgb_or_are_reported(tmp_path):
     for i, (content, extension) in enumerate(mutants(500)):
@@ -350,11 +397,11 @@ def test_500_mutated_images_load_as_rgb_or_are_reported(tmp_path):
     for i in range(500):
         try:
             image = images[i]
-        except Exception:  # what Samples takes as a report, and puts the next image in its place
+        except Exception:  # MultiCropDataset puts the next image in its place
             continue
         assert image.dtype == torch.uint8 and image.shape[0] == 3 and image.numel()
         loaded += 1
-    views = Samples(images, lambda image, rng: (image,))
+    views = MultiCropDataset(images, Whole())
     replaced = []
     for i in range(500):
         try:
@@ -377,23 +424,23 @@ def test_decompression_bombs_are_refused_by_size(tmp_path):
 def test_images_that_vanish_during_training_are_replaced_and_counted(tmp_path, monkeypatch, capsys):
     for i in range(301):
         Image.new("RGB", (20, 20), (i % 256, 0, 0)).save(tmp_path / f"{i}\né.png")
-    order, images = list(Order(301, 100).batches(0, 3)), Folder(tmp_path)
+    order, images = list(BatchSampler(301, 100).batches(0, 3)), Folder(tmp_path)
     bad, vanishing = (images.name(order[batch][7][1]) for batch in (0, 2))
     with open(bad, "wb") as file:
         file.write(b"no image")
-    real = data.views_on
+    real = train.photometry
 
-    def views_on(*args):
+    def photometry(*args):
         if os.path.exists(vanishing):
             os.unlink(vanishing)
         return real(*args)
 
-    monkeypatch.setattr(data, "views_on", views_on)
+    monkeypatch.setattr(train, "photometry", photometry)
     flags = f"--data {tmp_path} --epochs 1 --batch 100 --output {tmp_path / 'run'}"
     train.main(train.parse_args([*TINY, *flags.split()]))
     out, err = capsys.readouterr()
-    named = [line for line in err.splitlines() if not line.startswith("epoch")]
     note = "its place is taken by the next image"
+    named = errors(err.splitlines())
     assert named == [f"cannot read {name!r}: {note}" for name in (bad, vanishing)]
     assert "2 images could not be read" in out
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 3

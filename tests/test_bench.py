@@ -1,79 +1,75 @@
 """What is compared: both versions of each part run, and the whole steps are the same step."""
 
-import io
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-import bench
 import train
 from conftest import TINY
+from tests import bench
+from util.shapes import Shapes
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    args = train.parse_args([*TINY, "--lr", "0.1"])
-    monkeypatch.setattr(bench, "paper_args", lambda arch, batch: args)
-    return args
+def test_every_row_is_printed(monkeypatch, folder, capsys):
+    parse, draw = train.parse_args, bench.draw_jpegs
+    # of what is asked for, the steps and the device are left
+    monkeypatch.setattr(train, "parse_args", lambda flags: parse([*TINY, *flags[-4:]]))
+    monkeypatch.setattr(bench, "draw_jpegs", lambda folder, w, h: draw(folder, w // 10, h // 10))
+    monkeypatch.setattr(bench, "Shapes", lambda: Shapes(length=100))
+    bench.main(SimpleNamespace(device="cpu", quick=True, data=None))
+    bench.compare_worker("a folder's images", folder, CPU, 1)
+    torchs, _, header, *rows = capsys.readouterr().out.splitlines()
+    assert torchs.startswith(f"torch {torch.__version__}, ") and "GFLOP/s" in torchs
+    assert header.split() == ["images/s", "here", "textbook", "ratio"]
+    names = "a worker's, with photometry, a whole step, its peak memory, k-NN, the laptop's, "
+    names += "a folder's"
+    assert len(rows) == 7
+    for name, row in zip(names.split(", "), rows):
+        assert row.strip().startswith(name)
+        if name == "the laptop's":
+            assert int(row.split()[-2]) > 0 and row.endswith(" images/s")
+            continue
+        here, plain, ratio = map(float, row[48:].split())
+        assert ratio == pytest.approx(here / plain, rel=0.05, abs=0.01), row
 
 
-def test_every_row_is_printed(tiny, monkeypatch, tmp_path, capsys):
-    for i, content in enumerate(bench.draw_jpegs(3, 100, 80)):
-        (tmp_path / f"{i}.jpg").write_bytes(content)
-    bench.compare_workers(CPU, str(tmp_path), 1, quick=True)
-    draw = bench.draw_jpegs
-    monkeypatch.setattr(bench, "draw_jpegs", lambda count, w, h: draw(2, w // 10, h // 10))
-    bench.compare_workers(CPU, None, 1, quick=False)
-    bench.compare_steps(CPU, 2, 1, True, 1e9)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "%" not in line]
-    assert len(lines) == 10
-    for line in lines:
-        ours, plain, ratio = map(float, line[48:].split()[:3])
-        assert ratio == pytest.approx(ours / plain, rel=0.05, abs=0.01), line
+def test_drawn_jpegs_vary(tmp_path):
+    bench.draw_jpegs(tmp_path, 200, 100)
+    images = [Image.open(path) for path in tmp_path.iterdir()]
+    assert len(images) == 8 and {image.size for image in images} == {(200, 100)}
+    assert len({image.tobytes() for image in images}) == 8
+    assert {image.format for image in images} == {"JPEG"}
 
 
-def test_drawn_jpegs_vary_and_a_folders_are_its_own(tmp_path):
-    sizes = {Image.open(io.BytesIO(content)).size for content in bench.draw_jpegs(5, 200, 100)}
-    assert len(sizes) == 5 and all(100 < w < 300 and 50 < h < 160 for w, h in sizes)
-    for i in range(6):
-        (tmp_path / f"{i}.jpg").write_bytes(bytes([i]))
-    assert bench.jpegs_of(str(tmp_path), 4) == [b"\0", b"\1", b"\3", b"\4"]
-    for i in range(6):
-        (tmp_path / f"{i}.jpg").unlink()
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="no JPEGs"):
-        bench.jpegs_of(str(tmp_path), 2)
+def test_a_folder_without_images_is_a_value_error(tmp_path):
+    (tmp_path / "a.txt").write_text("no image")
+    with pytest.raises(ValueError, match="no images below"):
+        bench.compare_worker("", tmp_path, CPU, 1)
 
 
-def test_the_textbooks_step_is_ours(tiny):
-    """From the same weights and views both give the same student, teacher and centre."""
-    ours, plain = (bench.build_state(version, CPU, tiny) for version in (False, True))
-    schedule = bench.schedules(5, tiny, 1, tiny.batch)
-    views = bench.draw_views(CPU, tiny)
-    names = [name for name, _ in plain.student.backbone.named_parameters()]
-    plain.student.backbone.load_state_dict(ours.student.backbone.state_dict())
-    plain.teacher.backbone.load_state_dict(ours.student.backbone.state_dict())
-    for network in (plain.student, plain.teacher):
-        network.head.mlp.load_state_dict(ours.student.head.mlp.state_dict())
-        norm = network.head.last_layer.parametrizations.weight
-        norm.original1.data.copy_(ours.student.head.last_layer.weight_v)
-        norm.original0.data.fill_(1)
+def test_the_textbooks_step_is_ours(monkeypatch):
+    """From the same weights and views both change student, teacher and centre in the same way."""
     # AdamW's first step is the gradient's sign, so that rounding would show: SGD in its place
-    step = torch.optim.SGD
-    states = []
-    for state in (ours, plain):
-        optimizer = step(bench.parameter_groups(state.student), lr=0.1)
-        states.append(state._replace(optimizer=optimizer))
-    precision = bench.autocast(CPU, None)
-    for take_step, state in zip((train.train_step, bench.textbook_step), states):
-        bench.set_rates(state.optimizer, schedule.lr, 0.0)
-        take_step(state, state.student, iter([views]), schedule, tiny, precision)
-    torch.testing.assert_close(ours.center, plain.center)
-    for network in ("student", "teacher"):
-        here = dict(getattr(ours, network).backbone.named_parameters())
-        there = dict(getattr(plain, network).backbone.named_parameters())
-        for name in names:
-            torch.testing.assert_close(here[name], there[name], atol=2e-6, rtol=1e-4)
+    sgd = lambda parameters, lr, **_: torch.optim.SGD(parameters, lr, momentum=0.9)
+    monkeypatch.setattr(torch.optim, "AdamW", sgd)
+    flags = (
+        "--optimizer sgd --lr 6400 --warmup_epochs 0 --weight_decay 0 --weight_decay_end 0 "
+        "--momentum_teacher 0.5 --clip_grad 0.001 --steps 1"
+    )
+    args = train.parse_args([*TINY, *flags.split()])
+    views = [(torch.randn(2, 4, 3, 16, 16), None), (torch.randn(2, 4, 3, 8, 8), None)]
+    run = bench.our_steps(args, CPU, iter([views]))
+    *networks, center = bench.textbook_steps(args, CPU, iter([views]))
+    torch.testing.assert_close(run.center, center)
+    start = train.build_networks(args, CPU, world=1)[0].state_dict()
+    for name, plain in zip(("student", "teacher"), networks):
+        ours, plain = run.state[name].state_dict(), plain.state_dict()
+        assert ours.keys() == plain.keys() == start.keys()
+        for key, value in start.items():
+            moved = (plain[key] - value).abs().max()
+            assert (moved > 1e-4) == (not key.endswith("weight_g")), key
+            torch.testing.assert_close(ours[key], plain[key], rtol=0, atol=1e-3 * moved.item())

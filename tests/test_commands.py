@@ -1,6 +1,7 @@
 """Every command, as a user types it, on a handful of images."""
 
 import hashlib
+import io
 import pickle
 import re
 import subprocess
@@ -11,29 +12,38 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
+import evaluate
 import train
-from backbone import build_backbone
-from conftest import ROOT, TINY, command_here
+import visualize
+from conftest import ROOT, TINY, backbone_of, command_here, errors
 
 
 def command(file, *flags, cwd, status=0):
     """Run a command in a process of its own."""
     line = [sys.executable, str(ROOT / file), *map(str, flags)]
-    result = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=600)
     assert result.returncode == status, result.stderr
     return result
 
 
-def test_train_evaluate_segment_and_visualize_a_folder(folder, tmp_path):
+def here(file, *flags):
+    """Run a command in this process, and return what it prints."""
+    out = io.StringIO()
+    assert command_here(file, *map(str, flags), out=out) == (0, [])
+    return out.getvalue()
+
+
+def test_train_evaluate_and_visualize_a_folder(folder, tmp_path):
+    """The first in a process of its own, the others here."""
     trained = command("train.py", "--data", folder / "train", *TINY, "--epochs", 2, cwd=tmp_path)
     run = tmp_path / "runs" / "vit_micro_8-images"
-    files = "attention.png config.json curves.png emergence.png last.pth log.jsonl".split()
+    files = ".lock attention.png config.json curves.png emergence.png last.pth log.jsonl".split()
     assert sorted(path.name for path in run.iterdir()) == files
-    assert "left" in trained.stderr and "untrained" in trained.stdout
-    assert "runs/vit_micro_8-images/curves.png" in trained.stdout
+    assert errors(trained.stderr.splitlines()) == [] and "untrained" in trained.stdout
+    assert "in runs/vit_micro_8-images:" in trained.stdout and "curves.png" in trained.stdout
 
-    last, here = run / "last.pth", ("--device", "cpu")
-    evaluated = command("evaluate.py", "knn", last, *here, cwd=tmp_path).stdout
+    last, cpu = run / "last.pth", ("--device", "cpu")
+    evaluated = here("evaluate.py", "knn", last, *cpu)
     assert "12 queries against 12 images, 2 classes; chance 50.0 %" in evaluated
     assert "(all 12 images)" in evaluated
     rows = [line.split() for line in evaluated.splitlines()[3:]]
@@ -42,10 +52,11 @@ def test_train_evaluate_segment_and_visualize_a_folder(folder, tmp_path):
 
     image = folder / "val" / "größe" / "0.png"
     many = folder / "val" / "größe", "--output", tmp_path / "many"
-    drawn = command("visualize.py", last, image, *many, *here, cwd=tmp_path).stdout
+    drawn = here("visualize.py", last, image, *many, *cpu)
     assert f"{image} -> {tmp_path / 'many' / '0_attention.png'}" in drawn
     assert min(Image.open(tmp_path / "many" / "0_attention.png").size) > 100
     assert len(list((tmp_path / "many").iterdir())) == 7
+    assert f"  {', '.join(files[1:])}\n" in trained.stdout  # what is hidden is not listed
 
 
 def test_errors_are_one_line(folder, tmp_path, monkeypatch):
@@ -53,7 +64,7 @@ def test_errors_are_one_line(folder, tmp_path, monkeypatch):
     loose = tmp_path / "loose"
     loose.mkdir()
     Image.new("RGB", (8, 8)).save(loose / "a.png")
-    state = build_backbone("vit_micro", 8, 16).state_dict()
+    state = backbone_of("vit_micro", 8, 16).state_dict()
     teacher = {f"backbone.{name}": value for name, value in state.items()}
     torch.save({"teacher": teacher}, tmp_path / "c.pth")
     error = command("train.py", "--data", "nowhere", cwd=tmp_path, status=1).stderr
@@ -62,22 +73,33 @@ def test_errors_are_one_line(folder, tmp_path, monkeypatch):
     for file, flags, message in (
         ("evaluate.py", ["knn", "c.pth"], "give --data"),
         ("evaluate.py", ["knn", "c.pth", "--data", str(loose)], "has no labels"),
-        ("segment.py", ["masks", "c.pth", "--data", str(loose)], "says where its objects are"),
+        ("evaluate.py", ["masks", "c.pth", "--data", str(loose)], "says where its objects are"),
         ("visualize.py", ["c.pth", "none.png"], "cannot read 'none.png'"),
     ):
         status, lines = command_here(file, *flags)
-        errors = [line for line in lines if not line.startswith("images ")]  # progress
-        assert status == 1 and len(errors) == 1
-        assert message in errors[0] and errors[0].startswith(f"{file}: ")
+        assert status == 1 and len(lines) == 1
+        assert message in lines[0] and lines[0].startswith(f"{file}: ")
 
 
-COMMANDS = "train.py evaluate.py retrieve.py segment.py visualize.py checkpoint.py bench.py".split()
+COMMANDS = [
+    ("train.py",),
+    ("evaluate.py",),
+    ("visualize.py",),
+    *(("evaluate.py", command) for command in evaluate.COMMANDS),
+    *(("visualize.py", command) for command in visualize.COMMANDS),
+    ("tests/bench.py",),
+    ("util/shapes.py",),
+]
 
 
-@pytest.mark.parametrize("file", COMMANDS)
-def test_help(file, capsys):
-    assert command_here(file, "--help", out=sys.stdout) == (0, [])
-    assert f"usage: {file}" in capsys.readouterr().out
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help(command, capsys):
+    assert command_here(*command, "--help", out=sys.stdout) == (0, [])
+    shown = capsys.readouterr().out
+    usage = " ".join(command).split("/")[-1]
+    assert f"usage: {usage} " in shown and "--help" in shown
+    for line in shown.splitlines():
+        assert "None" not in line, line
 
 
 def test_the_cifar10_recipe_on_a_stand_in(tmp_path, monkeypatch, capsys):
@@ -106,5 +128,7 @@ def test_the_cifar10_recipe_on_a_stand_in(tmp_path, monkeypatch, capsys):
         "--steps 2 --workers 0 --device cpu"
     )
     train.main(train.parse_args([*recipe, *tiny.split()]))
-    assert "50 images, 1 x 4 x 1 a step, 12 steps in 1 epochs" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("50 images of 10 classes")
+    assert "\n1 x 4 x 1 images a step, 12 steps in 1 epochs" in out
     assert (tmp_path / "runs" / "vit_tiny_4-cifar10" / "last.pth").exists()

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import Folder, Order, Samples, describe_images, load, split_folder
-from decode import read_image
-from shapes import Shapes
+from util.data import BatchSampler, Folder, MultiCropDataset, describe_images, load, split_folder
+from util.images import read_image
+from util.shapes import Shapes
 
 
 def test_images_of_every_mode_become_rgb(folder):
@@ -119,7 +119,7 @@ def test_a_folder_without_classes_has_no_labels(folder, tmp_path):
 def test_batches_cover_each_epoch_once_whatever_the_number_of_processes():
     def order(world, batch, accumulate=1, first=0):
         ranks = [
-            list(Order(26, batch, accumulate, rank, world, seed=3).batches(first, 9))
+            list(BatchSampler(26, batch, accumulate, rank, world, seed=3).batches(first, 9))
             for rank in range(world)
         ]
         return [
@@ -136,7 +136,16 @@ def test_batches_cover_each_epoch_once_whatever_the_number_of_processes():
             set(step) for step in whole
         ]
     with pytest.raises(ValueError, match="26 images are fewer than a global batch of 32"):
-        Order(26, 8, 2, 0, 2)
+        BatchSampler(26, 8, 2, 0, 2)
+
+
+class Whole:
+    """In MultiCrop's place: the image as it is, and a number that was drawn for it."""
+
+    least = None
+
+    def __call__(self, image, rng):
+        return image, rng.random()
 
 
 def test_a_bad_image_is_replaced_and_reported(folder):
@@ -144,8 +153,9 @@ def test_a_bad_image_is_replaced_and_reported(folder):
     bad.write_bytes(b"no image")
     images = load(folder)
     index = images.paths.index(os.path.join("größe", bad.name))
-    views = Samples(images, lambda image, rng: (image, rng.random()))
-    image, draw, replaced = views[4, index]
+    views = MultiCropDataset(images, Whole())
+    (image, draw), replaced = views[4, index]
     assert replaced == index and (image == images[index + 1]).all()
-    assert draw == views[4, index][1] != views[5, index][1]
-    assert views[4, index + 1][2] == -1
+    assert draw == views[4, index][0][1] != views[5, index][0][1]
+    assert draw != MultiCropDataset(images, Whole(), seed=1)[4, index][0][1]
+    assert views[4, index + 1][1] == -1

@@ -1,4 +1,4 @@
-"""J and F against a plain rewriting, and the benchmark's layout, lists and results."""
+"""J and F against a plain rewriting, and the benchmark's layout, list and figures."""
 
 import json
 
@@ -7,12 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-import davis
-import segment
-from backbone import build_backbone
-from masks import read_mask, voc_palette, write_mask
-from shapes import ShapesFilm
+import evaluate
+from conftest import backbone_of
+from evaluation import davis
+from evaluation.masks import voc_palette, write_mask
+from evaluation.video import carry_mask
 from tests import textbook
+from util.checkpoint import load_backbone
+from util.shapes import ShapesFilm
 
 
 def boxes(*places, h=30, w=40):
@@ -95,6 +97,8 @@ def test_the_first_and_the_last_frame_do_not_count():
 
 # ---- sequences ----
 
+KINDS = "JPEGImages", "Annotations"
+
 
 @pytest.fixture
 def dataset(tmp_path):
@@ -102,75 +106,65 @@ def dataset(tmp_path):
     root = tmp_path / "DAVIS"
     for film, name in enumerate(("cow", "two-dogs")):
         film = ShapesFilm(film, length=5, size=32)
-        for kind in ("JPEGImages", "Annotations"):
+        for kind in KINDS:
             (root / kind / "480p" / name).mkdir(parents=True)
         for t in range(5):
             image, _ = film.draw(t)
             image.save(root / "JPEGImages" / "480p" / name / f"{t:05}.jpg")
             path = root / "Annotations" / "480p" / name / f"{t:05}.png"
             write_mask(path, film.mask(t), voc_palette())
-    names = "/JPEGImages/480p/cow/{0}.jpg /Annotations/480p/cow/{0}.png\n"
-    lists = {"2017": "cow\ntwo-dogs\n", "480p": names.format("00000") + names.format("00001")}
-    for year, text in lists.items():
-        (root / "ImageSets" / year).mkdir(parents=True)
-        (root / "ImageSets" / year / "val.txt").write_text(text)
-    torch.save(build_backbone("vit_micro", 4, 16).state_dict(), tmp_path / "bare.pth")
+    (root / "ImageSets" / "2017").mkdir(parents=True)
+    (root / "ImageSets" / "2017" / "val.txt").write_text("cow\ntwo-dogs\n")
+    torch.save(backbone_of("vit_micro", 4, 16).state_dict(), tmp_path / "bare.pth")
     return tmp_path
 
 
 def run(capsys, *flags):
     flags = [str(flag) for flag in flags]
-    segment.main(segment.parse_args(["davis", *flags, "--device", "cpu"]))
+    evaluate.main(evaluate.parse_args(["davis", *flags, "--device", "cpu"]))
     return capsys.readouterr().out.splitlines()
 
 
-def test_what_is_written_scores_as_it_was_carried(dataset, capsys):
-    flags = "--data", dataset / "DAVIS", "--output", dataset
-    rows = run(capsys, dataset / "bare.pth", *flags, "--size", 32, "--write", dataset / "out")
+def test_the_figures_are_means_over_objects(dataset, capsys):
+    """By hand: the mean over the three objects, not over the two sequences."""
+    flags = "--data", dataset / "DAVIS", "--output", dataset, "--size", 32
+    rows = run(capsys, dataset / "bare.pth", *flags)
     assert "2 sequences, 3 objects, 10 frames" in rows[1]
-    assert len(list((dataset / "out").rglob("*.png"))) == 10
-    scored = run(capsys, *flags, "--results", dataset / "out")
-    assert [row.replace("results", "trained") for row in scored] == rows[1:]
-    carried, results = map(json.loads, (dataset / "evaluate.jsonl").read_text().splitlines())
-    assert carried["trained"] == results["results"] and carried["copied"] == results["copied"]
+    assert [row.split()[-8] for row in rows[3:]] == 3 * ["copied", "trained"]
+    line = json.loads((dataset / "evaluate.jsonl").read_text())
+    assert (line["command"], line["sequences"], line["size"]) == ("davis", 2, 32)
 
-    # by hand: the mean over the three objects, not over the two sequences
-    by_hand = []
-    for film, name in enumerate(("cow", "two-dogs")):
-        film = ShapesFilm(film, length=5, size=32)
-        for number in film.numbers:
-            of_frames = []
-            for t in (1, 2, 3):
-                mask, _ = read_mask(dataset / "out" / name / f"{t:05}.png")
-                of_frames.append(davis.compare(mask, film.mask(t), [number])[0])
-            by_hand.append(torch.stack(of_frames).mean(0))
-    mean = 100 * torch.stack(by_hand).mean(0)
-    assert results["results"]["J"] == pytest.approx(mean[0].item())
-    assert results["results"]["F"] == pytest.approx(mean[1].item())
-    assert results["results"]["J&F"] == pytest.approx(mean.mean().item())
+    backbone, sequences = load_backbone(dataset / "bare.pth").backbone, []
+    for name in ("cow", "two-dogs"):
+        folders = (dataset / "DAVIS" / kind / "480p" / name for kind in KINDS)
+        sequences.append(davis.Sequence(*folders))
+    for i, method in enumerate(("copied", "trained")):
+        by_hand = []
+        for film, sequence in enumerate(sequences):
+            masks = [sequence.mask(0)] * 5
+            if method == "trained":
+                masks = list(carry_mask(backbone, sequence, sequence.mask(0), 32))
+            film = ShapesFilm(film, length=5, size=32)
+            for number in film.numbers:
+                of_frames = [davis.compare(masks[t], film.mask(t), [number])[0] for t in (1, 2, 3)]
+                by_hand.append(torch.stack(of_frames).mean(0))
+        mean = 100 * torch.stack(by_hand).mean(0)
+        assert line[method]["J"] == pytest.approx(mean[0].item())
+        assert line[method]["F"] == pytest.approx(mean[1].item())
+        assert line[method]["J&F"] == pytest.approx(mean.mean().item())
+        printed = [float(value) for value in rows[-2 + i].split()[-7:]]
+        assert printed == pytest.approx(list(line[method].values()), abs=0.051)
 
 
 def test_the_truth_as_a_result_is_perfect(dataset, capsys):
-    truth = dataset / "DAVIS" / "Annotations" / "480p"
-    flags = "--data", dataset / "DAVIS", "--output", dataset, "--results", truth
-    perfect = "results 100.0 100.0 100.0 0.0 100.0 100.0 0.0"
-    assert run(capsys, *flags)[-1].split() == perfect.split()
+    def truth(sequence):
+        return (sequence.mask(t) for t in range(len(sequence)))
 
-
-def test_in_2016_all_objects_are_one(dataset):
-    root = dataset / "DAVIS"
-    (cow,) = davis.open_sequences(root, 2016)
-    assert cow.title == "cow" and cow.merged
-    (root / "ImageSets" / "2016").mkdir()
-    (root / "ImageSets" / "2016" / "val.txt").write_text("two-dogs\n")
-    (dogs,) = davis.open_sequences(root, 2016)
-    assert dogs.numbers == [1]
-    path = root / "Annotations" / "480p" / "two-dogs" / "00003.png"
-    mask = read_mask(path)[0]
-    mask[0] = 255
-    write_mask(path, mask, voc_palette())
-    wanted = torch.where((mask > 0) & (mask < 255), 1, mask)
-    assert torch.equal(dogs.mask(3), wanted)
+    sequences = davis.open_sequences(dataset / "DAVIS")
+    sums = 100 * davis.score_all(sequences, {"truth": truth})
+    davis.say_rows("mean over objects", {"truth": truth}, sums.sum(0) / 3)
+    perfect = "mean over objects truth 100.0 100.0 100.0 0.0 100.0 100.0 0.0"
+    assert capsys.readouterr().out.split() == perfect.split()
 
 
 def spoil(dataset, how):
@@ -197,37 +191,20 @@ def spoil(dataset, how):
 
 
 @pytest.mark.parametrize("how, message", [
-    ("no masks", "sequence 'cow': there is no folder"),
-    ("no mask", "sequence 'cow': there is no mask"),
+    ("no masks", "sequence 'cow': there is no mask .*00000.png"),
+    ("no mask", "sequence 'cow': there is no mask .*00002.png"),
     ("no object", "sequence 'cow': its first mask shows no object"),
     ("short", "sequence 'cow': it has fewer than three frames"),
     ("sizes", "frame 4 is of 40 x 32 pixels, the first mask of 32 x 32"),
     ("mask sizes", "a mask of 32 x 32 pixels, the truth of 16 x 16"),
     ("no list", "not in DAVIS's layout"),
-    ("photograph", "is no mask: neither a palette image nor a grey one"),
+    ("photograph", "is no mask: neither a palette image nor a gray one"),
 ])  # fmt: skip
 def test_bad_sequences_are_named(dataset, how, message, capsys):
     spoil(dataset, how)
     with pytest.raises(ValueError, match=message):
         run(capsys, dataset / "bare.pth", "--data", dataset / "DAVIS", "--size", 32)
     assert not (dataset / "evaluate.jsonl").exists()
-
-
-def test_bad_results_are_named(dataset, capsys):
-    out = dataset / "out"
-    flags = "--data", dataset / "DAVIS", "--output", dataset, "--results", out
-    for name in ("cow", "two-dogs"):
-        (out / name).mkdir(parents=True)
-        for t in (1, 2, 3):
-            write_mask(out / name / f"{t:05}.png", boxes((1, 9, 1, 9), h=32, w=32), voc_palette())
-    assert len(run(capsys, *flags)) == 8
-    write_mask(out / "cow" / "00002.png", boxes((1, 9, 1, 9), (9, 12, 1, 9), h=32, w=32),
-               voc_palette())  # fmt: skip
-    with pytest.raises(ValueError, match="00002.png' numbers an object that the first frame"):
-        run(capsys, *flags)
-    (out / "cow" / "00002.png").unlink()
-    with pytest.raises(ValueError, match="a result is missing: '.*cow/00002.png'"):
-        run(capsys, *flags)
 
 
 # ---- the built-in films ----
@@ -241,5 +218,5 @@ def test_built_in_films_are_deterministic_and_move():
         mask = film.mask(t)
         assert set(mask.unique().tolist()) <= {0, 1, 2} and 0.05 < (mask > 0).float().mean() < 0.4
         background = film[t][:, mask == 0]
-        assert (background[0] == background[1]).float().mean() > 0.9  # noise without colour
+        assert (background[0] == background[1]).float().mean() > 0.9  # noise without color
     assert (film.mask(0) != film.mask(12)).float().mean() > 0.05

@@ -9,15 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-import explain
+import visualize
 from augment import MultiCrop, normalize
-from checkpoint import load_backbone, load_checkpoint
 from conftest import TINY, command_here
-from features import center_crop
+from evaluation import explain
+from evaluation.features import center_crop
 from head import DINOHead
 from loss import teacher_probabilities
-from shapes import Shapes
 from train import Network
+from util import config
+from util.checkpoint import load_backbone, load_checkpoint
+from util.shapes import Shapes
 
 
 def shown_by(monkeypatch, name):
@@ -25,6 +27,17 @@ def shown_by(monkeypatch, name):
     calls = []
     monkeypatch.setattr(explain, name, lambda *drawn: calls.append(drawn))
     return calls
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A run's last.pth."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = "--steps", "2", "--knn_every", "0", "--output", str(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(visualize, "draw_run", lambda run: None)
+        assert command_here("train.py", *TINY, *flags) == (0, [])
+    return folder / "last.pth"
 
 
 def test_the_views_drawn_are_the_crops_and_what_is_seen_of_them(monkeypatch, tmp_path):
@@ -35,8 +48,9 @@ def test_the_views_drawn_are_the_crops_and_what_is_seen_of_them(monkeypatch, tmp
     (above, below), _, _ = calls[0]
     names = ["global 1, 32 px", "global 2, 32 px"] + [f"local {n}, 16 px" for n in (1, 2, 3)]
     assert list(above) == list(below) == ["the image", *names]
-    globals_, locals_, parameters = crop(image, Random(0))
-    for name, view, drawn in zip(names, [*globals_, *locals_], parameters):
+    (globals_, of_globals), (locals_, of_locals) = crop(image, Random(0))
+    parameters = [*of_globals, *of_locals]
+    for name, view, drawn in zip(names, [*globals_, *locals_], parameters, strict=True):
         assert torch.equal(above[name], view.permute(1, 2, 0))
         changed = drawn[4] >= 0 or drawn[5:].any()
         assert torch.equal(below[name], above[name]) != bool(changed), name
@@ -44,15 +58,17 @@ def test_the_views_drawn_are_the_crops_and_what_is_seen_of_them(monkeypatch, tmp
 
 
 def test_the_schedules_drawn_are_the_recipes(monkeypatch, tmp_path):
-    calls = shown_by(monkeypatch, "draw_curve")
-    args = explain.parse_args(["schedules", "--epochs", "50", "--teacher_temp", "0.07"])
+    calls = shown_by(monkeypatch, "draw_curves")
+    flags = ["schedules", "--epochs", "50", "--teacher_temp", "0.07"]
+    args = config.resolve(visualize.parse_args(flags))
     explain.draw_schedules(args, tmp_path / "a.png")
-    lines = calls[0][1]
+    lines, _, plots = calls[0]
+    assert [name for curves, _ in plots.values() for name in curves] == [*lines[0]][1:]
     assert lines[200]["epoch"] == 10 and lines[200]["lr"] == pytest.approx(5e-4)
     assert lines[0]["lr"] == 0 and lines[-1]["lr"] == pytest.approx(1e-6, rel=0.01)
     assert (lines[0]["momentum"], lines[-1]["momentum"]) == (0.996, pytest.approx(1, abs=1e-7))
     assert lines[300]["teacher_temp"] == pytest.approx(0.055)
-    args = explain.parse_args(["schedules", "--epochs", "10"])  # as long as the warm-up
+    args = config.resolve(visualize.parse_args(["schedules", "--epochs", "10"]))  # the warm-up's
     explain.draw_schedules(args, tmp_path / "a.png")
 
 
@@ -71,22 +87,25 @@ def test_centring_and_sharpening_are_drawn_each_alone_and_together(tmp_path, mon
     assert Image.open(tmp_path / "a.png").size[0] > 500
 
 
-def test_targets_are_those_of_the_runs_teacher_and_pictures_are_written(tmp_path, monkeypatch):
+def test_targets_are_the_teachers_and_pictures_are_written(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert command_here("train.py", *TINY, "--steps", "2", "--output", "run")[0] == 0
     Image.effect_noise((40, 30), 90).save("a.png")
-    for flags in (["targets", "run/last.pth"], ["schedules"], ["crops", "a.png"]):
+    few = "--local_crops_number", "2"
+    for flags in (["targets", str(checkpoint)], ["schedules"], ["crops", "a.png", *few]):
         assert command_here("visualize.py", *flags, "--output", "out") == (0, [])
         assert Image.open(f"out/{flags[0]}.png").size[0] > 500
 
-    checkpoint, backbone = load_checkpoint("run/last.pth"), load_backbone("run/last.pth").backbone
-    images = Shapes("val", 40)
-    teacher = explain.load_teacher(checkpoint, "run/last.pth")
-    logits = explain.central_logits(*teacher, images, 10)[0]
+    calls = shown_by(monkeypatch, "draw_targets")
+    visualize.main(visualize.parse_args(["targets", str(checkpoint)]))
+    ((logits, center, *temperatures, path),) = calls
+    saved, backbone = load_checkpoint(checkpoint), load_backbone(checkpoint).backbone
+    assert torch.equal(center, saved["center"]) and path == Path("targets.png")
+    assert temperatures == [0.1, 0.02]
+    images, count = Shapes("val"), explain.BATCH
     network = Network(backbone, DINOHead(96, 64, 32, 16))
-    network.load_state_dict(checkpoint["teacher"])
-    crops = torch.stack([center_crop(images[i], 16) for i in range(0, 40, 4)])
-    expected = network(normalize(crops.float() / 255)[None])[0]
+    network.load_state_dict(saved["teacher"])
+    crops = [center_crop(images[i * 1000 // count], 16) for i in range(count)]
+    expected = network(normalize(torch.stack(crops).float() / 255)[None])
     torch.testing.assert_close(logits, expected)
 
 
@@ -95,7 +114,7 @@ def test_targets_are_those_of_the_runs_teacher_and_pictures_are_written(tmp_path
     [
         (["schedules", "--arch", "vit_mini"], "give --epochs"),
         (["crops", "none.png"], "none.png"),
-        (["crops", "none.png", "--patch", "0"], "--patch 0 must be at least 1"),
+        (["crops", "none.png", "--patch", "0"], "--patch_size 0 must be positive"),
         (["targets", "none.pth"], "no checkpoint at 'none.pth'"),
         (["targets"], "checkpoint"),
         (["crops", "--seed", "3", "none.png"], "none.png"),
@@ -108,15 +127,18 @@ def test_what_cannot_be_drawn_is_said_in_one_line(flags, message, tmp_path, monk
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("flags", [["--centering", "sinkhorn"], ["--no_sharpening"]])
-def test_targets_of_a_run_without_centre_or_sharpening_are_refused(flags, tmp_path, monkeypatch):
+def test_targets_of_a_run_without_centre_are_refused(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command_here("train.py", *TINY, *flags, "--steps", "1", "--output", "run")
-    status, lines = command_here("visualize.py", "targets", "run/last.pth")
+    saved = load_checkpoint(checkpoint)
+    assert saved["args"]["centering"] == "mean"
+    saved["args"]["centering"] = "sinkhorn"
+    torch.save(saved, "last.pth")
+    status, lines = command_here("visualize.py", "targets", "last.pth")
     assert status == 1 and "did without" in lines[0]
 
 
 def test_help_lists_the_flags_that_are_taken():
     out = io.StringIO()
     assert command_here("visualize.py", "crops", "--help", out=out)[0] == 0
-    assert "--local_crops" in out.getvalue() and "usage: visualize.py crops" in out.getvalue()
+    out = out.getvalue()
+    assert "--local_crops_number" in out and "usage: visualize.py crops" in out

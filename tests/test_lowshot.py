@@ -1,6 +1,7 @@
 """Logistic regression with few labels, and what a saved classifier predicts."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,10 +9,10 @@ import torch
 from PIL import Image
 
 import evaluate
-from backbone import build_backbone
-from features import center_crop
-from lowshot import TOLERANCE, accuracy, draw, logistic_regression
-from shapes import LENGTHS
+from conftest import backbone_of
+from evaluation.features import center_crop
+from evaluation.lowshot import TOLERANCE, accuracy, draw, logistic_regression
+from util.shapes import LENGTHS
 
 
 def plain_gradient(w, x, labels, penalty):
@@ -65,7 +66,7 @@ def test_a_share_of_each_class_is_drawn():
 @pytest.fixture
 def checkpoint(tmp_path):
     (tmp_path / "run").mkdir()
-    torch.save(build_backbone("vit_micro", 8, 16).state_dict(), tmp_path / "run" / "c.pth")
+    torch.save(backbone_of("vit_micro", 8, 16).state_dict(), tmp_path / "run" / "c.pth")
     return tmp_path / "run" / "c.pth"
 
 
@@ -79,13 +80,14 @@ def test_the_table_names_classes_without_an_image(folder, checkpoint, capsys):
     """Six images of one class and two of the other: a quarter is two and none."""
     for i in (2, 3, 4, 5):
         next((folder / "train" / "größe").glob(f"{i}.*")).unlink()
-    flags = "--data", folder, "--fraction", 0.01, 0.25, 1, "--draws", 3, "--workers", 0
-    said, *table = run(capsys, "logistic", checkpoint, *flags)
+    flags = "--data", folder, "--draws", 3, "--workers", 0, "--fraction"
+    said, *table = run(capsys, "logistic", checkpoint, *flags, 0.25, 1)
     assert "ViT of width" in said
-    assert "1 % of the labels is no image of any class: left out" in table[0]
-    assert "12 images to test on, 2 classes" in table[1] and "mean and standard dev" in table[1]
-    assert table[3].split()[:3] == ["25", "%", "2"] and table[3].endswith("(1 classes have none)")
-    assert table[4].split()[:3] == ["100", "%", "8"] and "+-" in table[4]
+    assert "12 images to test on, 2 classes" in table[0] and "mean and standard dev" in table[0]
+    assert table[2].split()[:3] == ["25", "%", "2"] and table[2].endswith("(1 classes have none)")
+    assert table[3].split()[:3] == ["100", "%", "8"] and "+-" in table[3]
+    with pytest.raises(ValueError, match="--fraction 0.01 of the labels is no image of any class"):
+        run(capsys, "logistic", checkpoint, *flags, 0.01, 1)
     line = json.loads((checkpoint.parent / "evaluate.jsonl").read_text())
     assert len(line["trained"]["0.25"]) == 3 and line["untrained"].keys() == {"0.25", "1.0"}
 
@@ -101,20 +103,25 @@ def test_predict_says_what_the_linear_classifier_says(folder, checkpoint, capsys
 
     with Image.open(image) as opened:
         pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
-    backbone = build_backbone("vit_micro", 8, 16).eval()
+    backbone = backbone_of("vit_micro", 8, 16).eval()
     backbone.load_state_dict(torch.load(checkpoint))
     view = center_crop(pixels, 16)[None].float() / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    tokens = backbone.tokens((view - mean[:, None, None]) / std[:, None, None])[0, 0]
+    view = (view - mean[:, None, None]) / std[:, None, None]
+    tokens = backbone.get_intermediate_layers(view)[0, 0]
     feature = torch.cat([tokens[0], tokens[1:].mean(0)])
-    wanted = (head["weight"] @ feature + head["bias"]).softmax(0)
+    wanted = (head["head"]["weight"] @ feature + head["head"]["bias"]).softmax(0)
     for name, share in zip(head["classes"], wanted.tolist()):
         assert float(said[name]) == pytest.approx(100 * share, abs=0.06)
 
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # it writes nothing
+    head = checkpoint.parent / "linear.pth"
+    assert run(capsys, "predict", checkpoint, head, image, "--top", 1)[1].count(" % ") == 1
+    monkeypatch.undo()
     other = checkpoint.parent / "other.pth"
-    torch.save(build_backbone("vit_micro", 8, 16).state_dict(), other)
+    torch.save(backbone_of("vit_micro", 8, 16).state_dict(), other)
     with pytest.raises(ValueError, match="belongs to another network than .*other.pth"):
-        run(capsys, "predict", other, checkpoint.parent / "linear.pth", image)
+        run(capsys, "predict", other, head, image)
 
 
 def test_on_shapes(checkpoint, capsys, monkeypatch):

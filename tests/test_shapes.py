@@ -2,8 +2,8 @@
 
 import torch
 
-from data import Folder
-from shapes import LENGTHS, Shapes, main, parse_args
+from util.data import Folder
+from util.shapes import LENGTHS, Shapes, main, parse_args
 
 
 def test_shapes_are_deterministic_labelled_and_masked():
@@ -26,7 +26,7 @@ def test_they_can_be_written_as_files(tmp_path, monkeypatch):
 
 
 def simple_features(shapes):
-    """Position, size and mean colour of the object in each image, standardised; and the labels."""
+    """Position, size and mean color of the object in each image, standardised; and the labels."""
     rows = []
     for i in range(len(shapes)):
         mask = shapes.mask(i)

@@ -7,13 +7,13 @@ import torch
 
 import textbook
 import train
-from augment import MultiCrop
-from backbone import build_backbone
-from conftest import without_keys
-from data import Order, Samples, views_on
+from augment import MultiCrop, photometry
+from conftest import backbone_of, without_keys
 from head import DINOHead
-from shapes import Shapes
 from test_train import arguments, log, run
+from util.config import crop_settings
+from util.data import BatchSampler, MultiCropDataset
+from util.shapes import Shapes
 
 pytestmark = pytest.mark.usefixtures("several_blocks")
 
@@ -21,17 +21,16 @@ pytestmark = pytest.mark.usefixtures("several_blocks")
 @pytest.mark.parametrize("arch, heads", [("vit_tiny", 3), ("vit_small", 6), ("vit_base", 12)])
 @pytest.mark.parametrize("patch", [16, 8])
 def test_backbone_agrees_with_a_textbook_vit_in_float64(arch, heads, patch):
-    size = (
-        224 if (arch, patch) == ("vit_tiny", 16) else 6 * patch
-    )  # the full size once: the formulas are the same
-    backbone, images = build_backbone(arch, patch, size).eval(), torch.randn(1, 3, size, size)
+    # the full size once: the formulas are the same
+    size = 224 if (arch, patch) == ("vit_tiny", 16) else 6 * patch
+    backbone, images = backbone_of(arch, patch, size).eval(), torch.randn(1, 3, size, size)
     state = {name: value.double() for name, value in backbone.state_dict().items()}
     for inputs in (images, images[:, :, patch:]):
         tokens, attention = textbook.vit(state, inputs.double(), heads, patch)
         with torch.no_grad():
             for got, expected in (
-                (backbone.tokens(inputs, last=4), torch.stack(tokens[-4:])),
-                (backbone.attention(inputs), attention),
+                (backbone.get_intermediate_layers(inputs, 4), torch.stack(tokens[-4:])),
+                (backbone.get_last_selfattention(inputs), attention),
             ):
                 assert (got - expected).abs().max() / expected.abs().max() < 1e-5
             torch.testing.assert_close(
@@ -85,23 +84,23 @@ def test_thirty_steps_are_a_textbook_dinos(tmp_path):
     steps, total, batch = 30, 12 * (10_000 // 4), 4
     flags = (
         "--warmup_epochs 0 --lr 0.01 --freeze_last_layer 0 --knn_every 0 "
-        "--teacher_temp 0.04 --warmup_teacher_temp 0.04 --momentum 0.9"
+        "--teacher_temp 0.04 --warmup_teacher_temp 0.04 --momentum_teacher 0.9"
     )
     end = run(f"{flags} --steps {steps}", tmp_path)
     args = arguments(flags, tmp_path)
 
     torch.manual_seed(args.seed)
-    backbone = build_backbone("vit_micro", args.patch, args.global_size)
-    start = train.Network(backbone, DINOHead(backbone.dim, 64, 32, 16)).state_dict()
+    backbone = backbone_of("vit_micro", args.patch_size, args.global_crops_size)
+    start = train.Network(backbone, DINOHead(backbone.embed_dim, 64, 32, 16)).state_dict()
     student, teacher = {}, {}
     for name, value in start.items():
         student[name] = value.clone().requires_grad_(not name.endswith("weight_g"))
         teacher[name] = value.clone()
     center, optimizer = torch.zeros(64), textbook_adamw(student)
-    crops = Samples(Shapes(), MultiCrop(16, 8, 2, args.global_scale, args.local_scale), args.seed)
-    for step, keys in enumerate(Order(10_000, batch, seed=args.seed).batches(0, steps)):
-        *images, _ = torch.utils.data.default_collate([crops[key] for key in keys])
-        views = views_on(torch.device("cpu"), images)
+    crops = MultiCropDataset(Shapes(), MultiCrop(*crop_settings(args)), args.seed)
+    for step, keys in enumerate(BatchSampler(10_000, batch, seed=args.seed).batches(0, steps)):
+        batches, _ = torch.utils.data.default_collate([crops[key] for key in keys])
+        views = [photometry(*both) for both in batches]
         cosine = (1 + math.cos(math.pi * step / total)) / 2
         schedule = 1e-5 + (0.01 * batch / 256 - 1e-5) * cosine, 0.04, 1 - 0.1 * cosine
         loss, center = textbook_step(student, teacher, center, optimizer, views, schedule)

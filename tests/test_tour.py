@@ -11,9 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-import report
-import shapes
 from conftest import ROOT, command_here
+from util import shapes
 
 TOUR = (ROOT / "docs" / "tour.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TOUR, re.S)  # (language, content), ...
@@ -26,7 +25,7 @@ COMMANDS = [
 ]
 PROSE = re.sub(r"```.*?```", "", TOUR, flags=re.S)
 TRIED = [" ".join(found.split()) for found in re.findall(r"`(python [^`]+)`", PROSE)]
-TRIED = [found for found in TRIED if "CKPT" not in found and found != "python retrieve.py search"]
+TRIED = [found for found in TRIED if "CKPT" not in found and found != "python evaluate.py search"]
 NUMBER = r"-?\d+\.?\d*"
 PRINTED = {  # the last command of a block: what stands below it
     block.splitlines()[-1]: after
@@ -46,14 +45,13 @@ def place(tmp_path, monkeypatch):
     """A folder with what the commands name; of the built-in images there are few."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shapes, "LENGTHS", {"train": 200, "val": 100})
-    monkeypatch.setattr(report, "MASKS", 2)
     Image.effect_noise((40, 30), 90).save("img.jpg")
 
 
 def test_every_command_runs(place):
     assert len(COMMANDS) > 12 and len(TRIED) >= 4
     for command in COMMANDS + TRIED:
-        _, file, *flags = shlex.split(command)
+        file, *flags = shlex.split(command.removeprefix("python ").removeprefix("-m "))
         if file == "train.py":  # the first step alone
             flags += ["--steps", "1", "--knn_every", "0"]
         out = io.StringIO()
@@ -84,10 +82,10 @@ def test_python_prints_what_the_tour_says(code, printed):
 
 
 def test_what_the_tour_names_is_there():
-    names = re.findall(r"`(\w+)\.py:([\w.]+)`", TOUR)
+    names = re.findall(r"`([\w/]+)\.py:([\w.]+)`", TOUR)
     assert len(names) > 15
     for module, name in names:
-        found = importlib.import_module(module)
+        found = importlib.import_module(module.replace("/", "."))
         for part in name.split("."):
             found = getattr(found, part)
     for link in re.findall(r"\]\((?!http)([^)#]+)", TOUR):
@@ -98,8 +96,21 @@ def test_each_stop_is_named_by_a_file_that_it_opens():
     assert [int(stop.split(".")[0]) for stop in STOPS] == list(range(1, 13))
     for number, stop in enumerate(STOPS, 1):
         named = set()
-        for module in re.findall(r"`(\w+)\.py[:`]", stop):
+        for module in re.findall(r"`([\w/]+)\.py[:`]", stop):
             text = ast.get_docstring(ast.parse((ROOT / f"{module}.py").read_text()))
-            for numbers in re.findall(r"stops? (\d+)(?: and (\d+))?", text):
-                named.update(numbers)
+            for numbers in re.findall(r"stops? ([\d, and]+)", text):
+                named.update(re.findall(r"\d+", numbers))
         assert str(number) in named, stop[:40]
+
+
+def test_a_training_loop_of_ones_own_runs():
+    """docs/library.md: at most twenty lines but for imports, and the teacher moves a little."""
+    page = (ROOT / "docs" / "library.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", page, re.S)[0]
+    lines = [line for line in code.splitlines() if line and "import " not in line]
+    names = {}
+    exec(code, names)
+    assert len(lines) <= 20 and 0 < names["loss"] < 6 and names["center"].any()
+    student, teacher = (names[name].state_dict() for name in ("student", "teacher"))
+    moved = [(student[name] - teacher[name]).abs().max() for name in student]
+    assert 0 < max(moved) < 0.1

@@ -1,29 +1,22 @@
 """The algorithm as a whole."""
 
-import itertools
 import json
 import math
 import os
 import subprocess
 import sys
-import time
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import report
 import train
-from backbone import build_backbone
-from conftest import ROOT, TINY, without_keys
-from distributed import autocast
+from conftest import ROOT, TINY, backbone_of, without_keys
 from head import DINOHead
-from optimizer import build_optimizer, parameter_groups
-from recipe import schedules
-from report import affordable
-from run import Run
+from util.data import BatchSampler
+from util.run import Run
+from util.shapes import Shapes
 
 
 def arguments(flags, output):
@@ -31,9 +24,8 @@ def arguments(flags, output):
 
 
 def run(flags, output):
-    """Train as the flags say, without the pictures and the comparison with objects at the end."""
-    names = ("draw_attention", "draw_curves", "draw_emergence", "say_jaccard")
-    with mock.patch.multiple(report, **dict.fromkeys(names, mock.DEFAULT)):
+    """Train as the flags say, without the pictures at the end."""
+    with mock.patch.object(train, "draw_run"):
         train.main(arguments(flags, output))
     return torch.load(output / "last.pth", weights_only=True)
 
@@ -42,7 +34,7 @@ def torchrun(processes, flags, output):
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     command = [*launch, str(ROOT / "train.py"), *TINY, *flags.split(), "--output", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     return torch.load(output / "last.pth", weights_only=True)
 
@@ -51,10 +43,14 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def tiny_network():
+    backbone = backbone_of("vit_micro", 8, 16)
+    return train.Network(backbone, DINOHead(backbone.embed_dim, 8, 8, 4, norm_last_layer=False))
+
+
 def test_weight_decay_spares_biases_and_norms():
-    backbone = build_backbone("vit_micro", 8, 16)
-    network = train.Network(backbone, DINOHead(backbone.dim, 8, 8, 4, norm_last_layer=False))
-    groups = parameter_groups(network)
+    network = tiny_network()
+    groups = train.build_optimizer("sgd", network).param_groups
     assert [group["decays"] for group in groups] == [True, False]
     decayed, spared = ({id(p) for p in group["params"]} for group in groups)
     for name, p in network.named_parameters():
@@ -70,8 +66,7 @@ def test_each_step_sets_the_rate_and_the_decay_of_each_group(tmp_path):
 
 
 def test_network_puts_views_through_backbone_and_head():
-    backbone = build_backbone("vit_micro", 8, 16)
-    network = train.Network(backbone, DINOHead(backbone.dim, 8, 8, 4))
+    network = tiny_network()
     big, small = torch.randn(2, 3, 3, 16, 16), torch.randn(4, 3, 3, 8, 8)
     logits = network(big, small)
     assert logits.shape == (6, 3, 8)
@@ -79,30 +74,18 @@ def test_network_puts_views_through_backbone_and_head():
     torch.testing.assert_close(network(big), logits[:2])
 
 
-@pytest.mark.parametrize("momentum", [0, 1])
+@pytest.mark.parametrize("momentum", [0, 0.75, 1])
 def test_teacher_is_the_student_at_momentum_0_and_stays_at_1(tmp_path, momentum):
     """After the very step: an average taken before it would miss the step at 0."""
-    flags = f"--steps 1 --knn_every 0 --momentum {momentum}"
+    flags = f"--steps 1 --knn_every 0 --momentum_teacher {momentum}"
     start = run(f"{flags} --warmup_epochs 1", tmp_path / "a")  # at step 0 the learning rate is 0
     end = run(f"{flags} --warmup_epochs 0 --lr 1 --freeze_last_layer 0", tmp_path / "b")
-    same = start["teacher"] if momentum else end["student"]
     for name, value in end["teacher"].items():
-        torch.testing.assert_close(value, same[name], rtol=0, atol=1e-6 if momentum else 0)
-        moved = not torch.equal(end["student"][name], start["student"][name])
-        assert moved or name.endswith("weight_g")
-
-
-def test_update_teacher_by_hand():
-    teacher, student = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    before = teacher.weight.clone()
-    train.update_teacher(teacher, student, 0.75)
-    torch.testing.assert_close(teacher.weight, 0.75 * before + 0.25 * student.weight)
-
-
-def test_centering_can_be_left_out(tmp_path):
-    for flags, moves in (("", True), ("--centering none", False)):
-        end = run(f"--steps 1 --knn_every 0 {flags}", tmp_path / str(moves))
-        assert end["center"].any() == moves
+        before, after = start["teacher"][name], end["student"][name]
+        mean = momentum * before + (1 - momentum) * after
+        torch.testing.assert_close(value, mean, rtol=0, atol=1e-6 if momentum else 0)
+        assert not torch.equal(after, before) or name.endswith("weight_g")
+    assert end["center"].any()
 
 
 def test_last_layer_is_frozen_at_first(tmp_path):
@@ -121,13 +104,14 @@ def test_the_run_cuts_its_crops_as_configured(tmp_path, monkeypatch):
     class Recorder(train.MultiCrop):
         def __init__(self, *args, **names):
             super().__init__(*args, **names)
-            seen.update(views=self.views)
+            seen.update(views=self.views, blur_sigma=self.blur_sigma)
 
     monkeypatch.setattr(train, "MultiCrop", Recorder)
-    run("--steps 1 --knn_every 0", tmp_path)
+    run("--steps 1 --knn_every 0 --blur_sigma 0.7", tmp_path)
     first, second = (16, [0.4, 1.0], 1.0, 0.0), (16, [0.4, 1.0], 0.1, 0.2)
-    local = (8, train.parse_args([]).local_scale, 0.5, 0.0)
-    assert seen["views"] == [first, second, local, local]
+    local = (8, train.parse_args([]).local_crops_scale, 0.5, 0.0)
+    views = [(view.size, view.scale, view.blur, view.solarize) for view in seen["views"]]
+    assert views == [first, second, local, local] and seen["blur_sigma"] == 0.7
 
 
 def compare(one, two, tolerance):
@@ -165,20 +149,22 @@ def test_two_processes_and_accumulation_give_what_one_process_gives(tmp_path):
 def test_sgd_goes_on_when_the_last_layer_is_no_longer_frozen(folder, tmp_path):
     """Three steps are an epoch; the layer's momentum starts at the fourth."""
     flags = f"--data {folder} --optimizer sgd --lr 3 --warmup_epochs 0 --epochs 2 --knn_every 0"
-    frozen = run(f"{flags} --freeze_last_layer 1 --steps 3", tmp_path / "run")
-    moved = run(f"{flags} --freeze_last_layer 1 --steps 4", tmp_path / "run")
-    before, after = (end["student"]["head.last_layer.weight_v"] for end in (frozen, moved))
-    assert not torch.equal(before, after)
+    flags = f"{flags} --freeze_last_layer 1"
+    ends = [run(f"{flags} --steps {steps}", tmp_path / "run") for steps in (1, 3, 4)]
+    first, frozen, moved = (end["student"]["head.last_layer.weight_v"] for end in ends)
+    assert torch.equal(first, frozen) and not torch.equal(frozen, moved)
 
 
-def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(tmp_path):
-    flags = "--drop_path 0.3 --knn_every 0"
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(tmp_path, several_blocks):
+    flags = "--drop_path_rate 0.3 --knn_every 0"
     whole = run(f"--steps 6 {flags}", tmp_path / "whole")
     run(f"--steps 2 {flags}", tmp_path / "parts")
     parts = run(f"--steps 6 {flags}", tmp_path / "parts")
     compare(whole, parts, 0)
     assert whole["optimizer"]["state"][0]["step"] == parts["optimizer"]["state"][0]["step"] == 6
     assert log(tmp_path / "whole") == log(tmp_path / "parts") and len(log(tmp_path / "whole")) == 6
+    without = run("--steps 6 --knn_every 0", tmp_path / "without")
+    assert not torch.equal(whole["center"], without["center"])  # drop path had its effect
 
 
 def test_another_configuration_is_refused_by_name(tmp_path):
@@ -204,8 +190,9 @@ def test_mixed_precision_trains_and_keeps_float32_weights(tmp_path, amp):
 def test_overwriting_leaves_nothing_to_resume_from(tmp_path):
     run("--steps 1 --knn_every 0", tmp_path)
     (tmp_path / "epoch-0001.pth").write_bytes(b"old")
-    batches = mock.Mock(rank=0, world=1, steps_per_epoch=9, global_batch=4)
-    anew = Run(arguments("--overwrite", tmp_path), None, None, None, batches)
+    sampler = BatchSampler(36, 4)
+    args = arguments("--overwrite", tmp_path)
+    anew = Run(args, Shapes(length=36), None, sampler, {}, torch.zeros(1), None)
     anew.resume()
     assert anew.first == 0 and not list(tmp_path.glob("*.pth"))
 
@@ -213,15 +200,20 @@ def test_overwriting_leaves_nothing_to_resume_from(tmp_path):
 def test_the_end_of_a_run_says_what_came_of_it(tmp_path, capsys):
     train.main(arguments("--steps 1", tmp_path))
     lines = capsys.readouterr().out.splitlines()
-    for name in ("last.pth", "curves.png", "attention.png", "emergence.png"):
-        assert f"  {tmp_path / name}" in lines and (tmp_path / name).exists()
-    compared = [line for line in lines if "attention on objects (Jaccard index): teacher" in line]
-    assert len(compared) == 1 and compared[0].count(" %") == 3
-    assert lines[-1] == f"  python visualize.py {tmp_path / 'last.pth'} img.jpg"
+    names = ["attention.png", "config.json", "curves.png", "emergence.png", "last.pth"]
+    files = next(line for line in lines if ", curves.png, " in line).strip().split(", ")
+    assert files == sorted(path.name for path in tmp_path.glob("[!.]*"))
+    assert set(names) < set(files)
+    assert lines[-4:] == [
+        "next:",
+        f"  python evaluate.py knn {tmp_path / 'last.pth'}",
+        f"  python evaluate.py masks {tmp_path / 'last.pth'}",
+        f"  python visualize.py {tmp_path / 'last.pth'} img.jpg",
+    ]
 
 
 def test_without_local_crops(tmp_path):
-    run("--steps 2 --local_crops 0 --warmup_epochs 0 --knn_every 0", tmp_path)
+    run("--steps 2 --local_crops_number 0 --warmup_epochs 0 --knn_every 0", tmp_path)
     assert all(0 < line["loss"] < 20 for line in log(tmp_path))
 
 
@@ -230,30 +222,6 @@ def test_too_many_bad_images_stop_the_run(folder, tmp_path):
         path.write_bytes(b"no image")
     with pytest.raises(ValueError, match="of 12 images cannot be read, more than 1 %"):
         run(f"--data {folder / 'train'} --epochs 2", tmp_path / "out")
-
-
-def test_what_a_run_computes_by_itself_takes_ten_seconds_or_a_tenth_of_it(
-    tmp_path, capsys, monkeypatch
-):
-    """Here nothing is affordable: the commands that would compute it are named."""
-    monkeypatch.setattr("report.affordable", lambda run, size, count: count < 60)
-    train.main(arguments("--epochs 1 --steps 1 --knn_every 1", tmp_path))
-    lines = capsys.readouterr().out.splitlines()
-    skipped = "no k-NN test, for it would take more than ten seconds and a tenth of the run"
-    assert lines.count(skipped) == 1
-    assert f"  python evaluate.py knn {tmp_path / 'last.pth'}" in lines
-    assert f"  python segment.py masks {tmp_path / 'last.pth'}" in lines
-    assert not any("Jaccard" in line for line in lines)
-
-
-def test_what_is_affordable_follows_from_the_time_that_one_image_takes():
-    backbone = build_backbone("vit_micro", 8, 16).eval()
-    networks = SimpleNamespace(backbone=backbone)
-    state = SimpleNamespace(teacher=networks, center=torch.zeros(1))
-    now = time.monotonic()
-    run = SimpleNamespace(state=state, start=now)
-    assert affordable(run, 16, 10) and not affordable(run, 16, 10**8)
-    assert affordable(SimpleNamespace(state=state, start=now - 10**9), 16, 10**8)
 
 
 class Reads(TorchDispatchMode):
@@ -271,20 +239,25 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("flags", ["", "--accumulate 2", "--centering sinkhorn --optimizer sgd"])
-def test_a_step_reads_nothing_back_from_the_device(amp, flags, tmp_path):
-    args, device = arguments(flags, tmp_path), torch.device("cpu")
-    student, teacher = train.build_networks(args, device, 1)
-    optimizer, scaler = build_optimizer(args.optimizer, student, device, amp)
-    state = train.State(student, teacher, torch.zeros(args.out_dim), optimizer, scaler)
-    views = torch.randn(2, 4, 3, 16, 16), torch.randn(2, 4, 3, 8, 8)
-    schedule = schedules(3, args, 10, 8)
+def test_a_step_reads_nothing_back_from_the_device(amp, flags, tmp_path, monkeypatch):
+    """But for the first and the last, which are logged; the views are there from the start."""
+    views = torch.randn(4, 2, 3, 16, 16), torch.randn(4, 2, 3, 8, 8)
+    before = []  # how much has been read when a batch is asked for
+
+    def same_batch(*args):
+        while True:
+            before.append(len(reads.found))
+            yield [(x, None) for x in views]
+
+    monkeypatch.setattr(train, "view_loader", same_batch)
+    monkeypatch.setattr(train, "photometry", lambda crops, drawn: crops.transpose(0, 1))
+    monkeypatch.setattr(train, "watch_attention", lambda run, step: None)
     with Reads() as reads:
-        for _ in range(2):
-            figures, norm = train.train_step(
-                state, student, itertools.repeat(views), schedule, args, autocast(device, amp)
-            )
-        assert not reads.found
-        assert figures[0] > 0 and norm.item() > 0  # two reads
-    assert len(reads.found) == 2
+        run(f"{flags} --amp {amp} --steps 5 --log_every 100 --knn_every 0", tmp_path)
+    lines = log(tmp_path)
+    assert [line["step"] for line in lines] == [1, 5] and lines[-1]["grad_norm"] > 0
+    first, *others = before[:: len(before) // 5]  # at the start of each of five steps
+    assert len(others) == 4 and first < others[0]  # step 1 ends with a line of the log
+    assert others[0] == before[-1] < len(reads.found), reads.found

@@ -3,28 +3,23 @@
 import json
 import math
 import sys
-import weakref
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 
-import film
-import pictures
-import protocol
-import segment
 import train
 import visualize
 from augment import normalize
-from backbone import build_backbone, resnet50
-from checkpoint import Loaded
-from data import load
-from decode import to_tensor
-from report import few_images
-from run import read_log
-from shapes import Shapes
-from test_train import arguments
+from conftest import TINY, backbone_of, errors
+from util import plot
+from util.checkpoint import Loaded, resnet50
+from util.data import load
+from util.images import to_tensor
+from util.run import read_log
+from util.shapes import Shapes
+from visualize import few_images
 from vit import ViT
 
 pytestmark = pytest.mark.usefixtures("several_blocks")
@@ -35,7 +30,7 @@ def bright(patch=8):
 
     The first head does so strongly, the second not at all.
     """
-    backbone = ViT(patch, dim=4, depth=1, heads=2, image_size=4 * patch)
+    backbone = ViT(patch, embed_dim=4, depth=1, num_heads=2, img_size=4 * patch)
     backbone.eval().requires_grad_(False)
     for parameter in backbone.parameters():
         parameter.zero_()
@@ -62,6 +57,18 @@ def drawn(argv):
     visualize.main(visualize.parse_args([*map(str, argv), "--device", "cpu"]))
 
 
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Pictures go to the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def bright_loaded(monkeypatch):
+    """The bright network in the place of any checkpoint."""
+    monkeypatch.setattr(visualize, "load_backbone", lambda *args: Loaded(bright(), {}, "bright"))
+
+
 @pytest.fixture
 def rows(monkeypatch):
     """What draw_panels is given, rather than its picture."""
@@ -72,7 +79,7 @@ def rows(monkeypatch):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    torch.save(build_backbone("vit_micro", 8, 16).state_dict(), tmp_path / "c.pth")
+    torch.save(backbone_of("vit_micro", 8, 16).state_dict(), tmp_path / "c.pth")
     return tmp_path / "c.pth"
 
 
@@ -83,7 +90,7 @@ def test_a_bright_square_is_found_where_it_is(smooth, top, left):
     image = square(517, 333, top, left, 40)
     maps, covered = visualize.attend(bright(), image, 333)
     assert maps.shape == (2, 65, 42) and covered == (517 / 520, 333 / 336)
-    heat = pictures.upsample(maps, covered, 517, 333, smooth)
+    heat = plot.upsample(maps, covered, 517, 333, smooth)
     y, x = divmod(heat[0].argmax().item(), 333)
     inside = torch.zeros(517, 333, dtype=torch.bool)
     inside[top : top + 40, left : left + 40] = True
@@ -92,8 +99,9 @@ def test_a_bright_square_is_found_where_it_is(smooth, top, left):
     panels = visualize.panels(image, maps[:1], covered, 0.999, smooth)
     assert list(panels) == ["image", "head 1", "mean of heads", "mask"]
     assert all(panel.shape == (517, 333, 3) for panel in panels.values())
+    assert torch.equal(panels["image"], image.permute(1, 2, 0))
     cut = panels["mask"][top + 10 : top + 30, left + 10 : min(left + 30, 333)]
-    assert (cut == 255).all() and (panels["mask"] == pictures.OUTLINE).all(-1).any()
+    assert (cut == 255).all() and (panels["mask"] == plot.OUTLINE).all(-1).any()
     assert torch.equal(panels["mask"][200:203, :5], torch.zeros(3, 5, 3, dtype=torch.uint8))
     light = panels["head 1"].float().mean(-1)
     assert light[inside].mean() > 3 * light[~inside].mean()
@@ -102,10 +110,10 @@ def test_a_bright_square_is_found_where_it_is(smooth, top, left):
 def test_blocks_are_the_map_itself_and_smooth_lies_between():
     maps = torch.rand(3, 4, 6)
     blocks = maps.repeat_interleave(8, 1).repeat_interleave(8, 2)
-    assert torch.equal(pictures.upsample(maps, (1.0, 1.0), 32, 48), blocks)
-    part = pictures.upsample(maps, (29 / 32, 43 / 48), 29, 43)
+    assert torch.equal(plot.upsample(maps, (1.0, 1.0), 32, 48), blocks)
+    part = plot.upsample(maps, (29 / 32, 43 / 48), 29, 43)
     assert torch.equal(part, blocks[:, :29, :43])
-    smooth = pictures.upsample(maps, (1.0, 1.0), 4 * 9, 6 * 9, True)
+    smooth = plot.upsample(maps, (1.0, 1.0), 4 * 9, 6 * 9, True)
     torch.testing.assert_close(smooth[:, 4::9, 4::9], maps)
     torch.testing.assert_close(smooth[:, 4, 5:40:9], (8 * maps[:, 0, :4] + maps[:, 0, 1:5]) / 9)
 
@@ -117,7 +125,7 @@ def test_nothing_is_distorted_or_cropped_on_the_way_to_the_network(monkeypatch):
         seen.append(images)
         return torch.ones(1, 2, 5, 5)
 
-    monkeypatch.setattr(segment, "attention_maps", attention_maps)
+    monkeypatch.setattr(visualize, "attention_maps", attention_maps)
     image = torch.randint(256, (3, 30, 21), dtype=torch.uint8)
     assert visualize.attend(bright(), image, 21)[1] == (30 / 32, 21 / 24)
     assert seen[0].shape == (1, 3, 32, 24)
@@ -133,36 +141,33 @@ def test_a_figure_has_a_panel_for_each_head_and_a_row_for_each_size(checkpoint, 
     assert not torch.equal(rows[0][0]["head 1"], rows[0][1]["head 1"])
 
 
-def test_a_png_of_333_by_517_comes_back_at_its_size(checkpoint, tmp_path, capsys):
+def test_two_images_of_one_name_get_two_pictures(checkpoint, tmp_path, capsys):
     Image.effect_noise((333, 517), 90).convert("RGB").save(tmp_path / "a.png")
     Image.effect_noise((333, 517), 90).save(tmp_path / "a.jpg")
     images = [tmp_path / "a.png", tmp_path / "a.jpg"]
-    drawn([checkpoint, *images, "--panels", "--output", tmp_path / "out", "--size", 60])
+    drawn([checkpoint, *images, "--output", tmp_path / "out", "--size", 60])
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    ends = ["", "_image", "_head_1", "_head_2", "_head_3", "_head_4", "_mean_of_heads", "_mask"]
-    assert names == {f"a_attention{again}{end}.png" for end in ends for again in ("", "_")}
-    for end in ends[1:]:
-        assert Image.open(tmp_path / "out" / f"a_attention{end}.png").size == (333, 517)
-    same = to_tensor(Image.open(tmp_path / "out" / "a_attention_image.png"))
-    assert same.equal(to_tensor(Image.open(tmp_path / "a.png")))
+    assert names == {"a_attention.png", "a_attention_.png"}
     assert f"a.png -> {tmp_path / 'out' / 'a_attention.png'}" in capsys.readouterr().out
 
 
-def test_a_folders_pictures_lie_beside_it_not_in_it(checkpoint, tmp_path, rows, capsys):
+def test_a_folders_pictures_lie_in_the_current_folder(checkpoint, tmp_path, rows, capsys):
     (tmp_path / "in" / "sub").mkdir(parents=True)
     for name in ("10.png", "2.png", "sub/3.png"):
         save(Shapes()[0], tmp_path / "in" / name)
     (tmp_path / "in" / "bad.jpg").write_text("no image")
     drawn([checkpoint, tmp_path / "in"])
     out, err = capsys.readouterr()
-    names = [line.split("/")[-1] for line in out.splitlines()[1:]]
-    assert names == ["2_attention.png", "10_attention.png", "3_attention.png"]
-    assert f"{tmp_path}/in_attention/sub/3_attention.png" in out and len(rows) == 3
-    assert f"cannot read '{tmp_path / 'in' / 'bad.jpg'}': left out" in err
+    names = [line.split(" -> ")[1] for line in out.splitlines()[1:]]
+    assert names == ["2_attention.png", "10_attention.png", "sub_3_attention.png"]
+    assert len(rows) == 3
+    (line,) = errors(err.splitlines())
+    assert line.startswith(f"cannot read '{tmp_path / 'in' / 'bad.jpg'}': ")
+    assert line.endswith("; left out")
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "folder"])
-def test_a_film_keeps_its_length_its_times_and_what_moves(tmp_path, monkeypatch, kind):
+def test_a_film_keeps_its_length_its_times_and_what_moves(tmp_path, bright_loaded, kind):
     """A bright square moves to the right; so do the map and the mask."""
     squares = [square(32, 64, 8, 8 * i, 8) for i in range(8)]
     pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in squares]
@@ -175,7 +180,6 @@ def test_a_film_keeps_its_length_its_times_and_what_moves(tmp_path, monkeypatch,
     else:
         more = dict(append_images=pictures[1:], duration=durations, lossless=True)
         pictures[0].save(source, save_all=True, **more)
-    monkeypatch.setattr(protocol, "load_backbone", lambda *args: Loaded(bright(), {}, "bright"))
     drawn(["any", source, "--size", 32, "--mass", 0.5, "--fps", 5])
     with Image.open(tmp_path / "film_attention.gif") as gif:
         assert gif.n_frames == 8 and gif.size == (3 * 64, 32) and gif.info["loop"] == 0
@@ -188,41 +192,23 @@ def test_a_film_keeps_its_length_its_times_and_what_moves(tmp_path, monkeypatch,
             assert divmod(light.argmax().item(), 8) == (1, i)
 
 
-def test_a_film_of_the_working_folder_lies_beside_its_frames(tmp_path, monkeypatch):
+def test_a_film_of_the_working_folder_has_its_name(tmp_path, monkeypatch, bright_loaded):
     frames = tmp_path / "frames"
     frames.mkdir()
     for i in range(2):
         Image.new("RGB", (64, 32)).save(frames / f"{i}.png")
-    monkeypatch.setattr(protocol, "load_backbone", lambda *args: Loaded(bright(), {}, "bright"))
     monkeypatch.chdir(frames)
     drawn(["any", ".", "--size", 32, "--fps", 5])
-    assert sorted(p.name for p in frames.iterdir()) == ["0.png", "1.png"]
-    assert (tmp_path / "frames_attention.gif").exists()
+    names = sorted(p.name for p in frames.iterdir())
+    assert names == ["0.png", "1.png", "frames_attention.gif"]
 
 
-def test_too_long_a_strip_in_a_folder_is_left_out(tmp_path, monkeypatch, capsys):
+def test_too_long_a_strip_in_a_folder_is_left_out(tmp_path, bright_loaded, capsys):
     for name, size in (("long", (30_000, 10)), ("image", (64, 32))):
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
-    monkeypatch.setattr(protocol, "load_backbone", lambda *args: Loaded(bright(), {}, "bright"))
     drawn(["any", tmp_path, "--size", 256, "--output", tmp_path / "out"])
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["image_attention.png"]
     assert "long.png: an image of 30000 x 10" in capsys.readouterr().out
-
-
-def test_a_film_is_written_frame_by_frame(tmp_path, monkeypatch):
-    made, alive, real = [], [], Image.Image.quantize
-
-    def quantize(picture):
-        result = real(picture)
-        made.append(weakref.ref(result))
-        alive.append(sum(one() is not None for one in made))
-        return result
-
-    monkeypatch.setattr(Image.Image, "quantize", quantize)
-    frames = ((Image.effect_noise((30, 20), 50).convert("RGB"), 40) for _ in range(50))
-    film.write_gif(frames, tmp_path / "a.gif")
-    assert len(alive) == 50 and max(alive) <= 2
-    assert Image.open(tmp_path / "a.gif").n_frames == 50
 
 
 def test_a_film_that_is_cut_short_ends_where_it_is_cut(checkpoint, tmp_path, capsys):
@@ -242,8 +228,7 @@ def axes_of(draw, monkeypatch, path):
         figures.append(real(*args, **flags))
         return figures[-1]
 
-    for module in (pictures, visualize):
-        monkeypatch.setattr(module, "Figure", record)
+    monkeypatch.setattr(plot, "Figure", record)
     draw()
     assert Image.open(path).size[0] > 500 and path.stat().st_size < 500_000
     return {axis.get_title(): axis for axis in figures[0].axes}
@@ -259,7 +244,8 @@ def test_curves_show_what_the_log_says(tmp_path, monkeypatch):
     lines.insert(0, {"step": 0, "epoch": 0, "knn": 30.0})  # from before the student's was logged
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 31, "ep')
     (tmp_path / "config.json").write_text('{"out_dim": 64}')
-    axes = axes_of(lambda: drawn([tmp_path]), monkeypatch, tmp_path / "curves.png")
+    flags = [tmp_path, "--output", tmp_path / "out"]
+    axes = axes_of(lambda: drawn(flags), monkeypatch, tmp_path / "out" / "curves.png")
     assert len(axes) == 8
     data = {}
     for title, axis in axes.items():
@@ -287,7 +273,8 @@ def test_training_keeps_attention_at_log_spaced_steps_through_a_resume_and_draws
     def go(name, *steps):
         for last in steps:
             flags = f"--data {tmp_path / 'in'} --steps {last} --epochs 3 --out_dim 16 --knn_every 1"
-            train.main(arguments(flags, tmp_path / name))
+            flags = [*TINY, *flags.split(), "--output", str(tmp_path / name)]
+            train.main(train.parse_args(flags))
         return torch.load(tmp_path / name / "last.pth", weights_only=True)["attention"]
 
     (tmp_path / "in" / "a").mkdir(parents=True)
@@ -304,9 +291,9 @@ def test_training_keeps_attention_at_log_spaced_steps_through_a_resume_and_draws
     steps = [f"step {i}" for i in (1, 2, 4, 8, 11)]
     assert len(strip) == 4 and list(strip[0]) == ["image", "before training", *steps]
     maps, covered = whole[8][2]
-    image = pictures.shown(few_images(load(str(tmp_path / "in")))[2])
-    heat = pictures.upsample(maps.mean(0, keepdim=True), covered, *image.shape[1:])[0]
-    assert torch.equal(strip[2]["step 8"], pictures.overlay(image, heat))
+    image = plot.shown(few_images(load(str(tmp_path / "in")))[2])
+    heat = plot.upsample(maps.mean(0, keepdim=True), covered, *image.shape[1:])[0]
+    assert torch.equal(strip[2]["step 8"], plot.overlay(image, heat))
     tests = [line for line in read_log(tmp_path / "whole" / "log.jsonl") if "knn" in line]
     assert [line["step"] for line in tests] == [0, 5, 10]
     assert tests[0]["knn"] == tests[0]["knn_student"]
@@ -317,11 +304,11 @@ def test_training_keeps_attention_at_log_spaced_steps_through_a_resume_and_draws
 def test_the_pictures_are_small_whole_and_have_their_panels(tmp_path, monkeypatch):
     images = [Shapes()[i] for i in range(6)]
     images[3:] = images[3][:, :20], images[4][:, :, :1], images[5][:, :1]
-    backbone, path = build_backbone("vit_base", 16, 32).eval(), tmp_path / "a.png"
-    axes = axes_of(lambda: visualize.draw_attention(backbone, images[:2], path), monkeypatch, path)
+    backbone, path = ViT(16, embed_dim=48, depth=1, num_heads=12, img_size=32), tmp_path / "a.png"
+    axes = axes_of(lambda: visualize.draw_attention(backbone, images[:1], path), monkeypatch, path)
     heads = {f"head {i}" for i in range(1, 13)}  # two lines a row, the last place empty
     assert set(axes) == {"image", "mean of heads", "mask", ""} | heads
-    visualize.draw_attention(build_backbone("vit_micro", 8, 32).eval(), images, path)
+    visualize.draw_attention(backbone_of("vit_micro", 8, 32).eval(), images, path)
     assert path.stat().st_size < 500_000
 
 
@@ -339,10 +326,10 @@ def test_a_strip_among_the_watched_images_does_not_end_a_training():
     assert [tuple(image.shape[1:]) for image in few] == [(1, 3), (6, 2), (64, 64)]
 
 
-def test_a_convnet_has_no_attention(tmp_path):
-    torch.save(resnet50().state_dict(), tmp_path / "r.pth")
+def test_a_convnet_has_no_attention(monkeypatch):
+    monkeypatch.setattr(visualize, "load_backbone", lambda *args: Loaded(resnet50(), {}, "convnet"))
     with pytest.raises(ValueError, match="convnet has no attention"):
-        drawn([tmp_path / "r.pth", "a.png"])
+        drawn(["any", "a.png"])
 
 
 def test_drawing_needs_no_display():

@@ -1,7 +1,7 @@
 """Image retrieval on the revisited Oxford and Paris benchmarks (section 4.2.1, Table 3).
 
-    python retrieve.py oxford CKPT --data DATA      DATA/roxford5k/{jpg/, gnd_roxford5k.pkl}
-    python retrieve.py paris  CKPT --data DATA      DATA/rparis6k/{jpg/, gnd_rparis6k.pkl}
+    python evaluate.py oxford CKPT --data DATA      DATA/roxford5k/{jpg/, gnd_roxford5k.pkl}
+    python evaluate.py paris  CKPT --data DATA      DATA/rparis6k/{jpg/, gnd_rparis6k.pkl}
 
 An image is shrunk to 224 pixels on its long side, and its class token is compared by cosine
 similarity. Medium: easy and hard images count, junk is taken out of the ranking. Hard: hard images
@@ -12,12 +12,11 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
-from data import Files
-from distributed import in_turn
-from features import extract, shrink
-from protocol import extraction
-from ranking import average_precision, precision_at, rankings, ranks_of
-from terminal import say
+from evaluation.features import add_extraction_flags, extract_features, extraction, shrink
+from evaluation.ranking import average_precision, precision_at, rankings, ranks_of
+from util.data import Files
+from util.distributed import rank0_first
+from util.misc import say
 
 BENCHMARKS = {"oxford": "roxford5k", "paris": "rparis6k"}
 SCALES = (1.0, 2**-0.5, 0.5)  # --multiscale
@@ -68,17 +67,14 @@ def open_benchmark(data, name):
     if (folder / name).is_dir():
         folder = folder / name
     truth = read_ground_truth(folder / f"gnd_{name}.pkl")
-    sets = []
-    for names in (truth["imlist"], truth["qimlist"]):
-        sets.append(Files([folder / "jpg" / f"{name}.jpg" for name in names]))
-    missing = [path for images in sets for path in images.paths if not path.exists()]
+    database, queries = ([f"{name}.jpg" for name in truth[key]] for key in ("imlist", "qimlist"))
+    missing = [path for path in database + queries if not (folder / "jpg" / path).exists()]
     if missing:
-        first = ", ".join(path.name for path in missing[:3])
         raise ValueError(
             f"{len(missing)} images of the ground truth are not in {str(folder / 'jpg')!r}, "
-            f"the first of them {first}"
+            f"the first of them {', '.join(missing[:3])}"
         )
-    return truth, *sets
+    return truth, Files(folder / "jpg", database), Files(folder / "jpg", queries)
 
 
 def measure(orders, truth):
@@ -105,16 +101,24 @@ def measure(orders, truth):
     return figures
 
 
-def evaluate_landmarks(args, subject):
+def add_flags(parser, command):
+    add_extraction_flags(parser)
+    parser.add_argument("--size", type=int, default=224,
+                        help="long side in pixels, at most (the paper's: 224)")  # fmt: skip
+    parser.add_argument("--multiscale", action="store_true",
+                        help="mean over three sizes: 1, 1/sqrt 2, 1/2")  # fmt: skip
+
+
+def evaluate(args, subject):
     """Print the benchmark's table, and return its figures."""
-    name = BENCHMARKS[args.protocol]
-    truth, database, queries = in_turn(lambda: open_benchmark(subject.data, name))
+    name = BENCHMARKS[args.command]
+    truth, database, queries = rank0_first(lambda: open_benchmark(subject.data, name))
     scales = SCALES if args.multiscale else (1.0,)
-    # images of many shapes: one at a time
-    how = replace(extraction(args, subject), batch=1, fit=shrink, size=args.size, scales=scales)
+    how = extraction(args, subject, fit=shrink, size=args.size, scales=scales)
+    how = replace(how, batch_size=1)  # images of many shapes: one at a time
     features = []
     for images in (database, queries):
-        x, read = extract(subject.backbone, images, list(range(len(images))), how)
+        x, read = extract_features(subject.backbone, images, how)
         if len(read) < len(images):
             raise ValueError("the benchmark needs all of its images: mend what is named above")
         features.append(x)

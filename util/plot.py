@@ -11,22 +11,35 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from matplotlib.figure import Figure
+from torchvision.utils import draw_segmentation_masks
 
 from augment import resize
-from files import write_whole
+from util.misc import atomic_write
 
 OUTLINE = torch.tensor([86, 180, 233], dtype=torch.uint8)
-BLUE, ORANGE = "#0072b2", "#d55e00"  # the colour-blind tell them apart
+BLUE, ORANGE = "#0072b2", "#d55e00"  # the color-blind tell them apart
 COLORS = torch.tensor(matplotlib.colormaps["inferno"](range(256)))[:, :3].float() * 255
 
 
 # ---- panels ----
 
 
+def panel(image, side=320):
+    """Return the image as a figure shows it: its long side at so many pixels."""
+    return rearrange(shown(image, side), "c h w -> h w c")
+
+
+def shown(image, side=320):
+    """Resize an image to a long side of so many pixels."""
+    scale = side / max(image.shape[1:])
+    h, w = (max(1, round(length * scale)) for length in image.shape[1:])
+    return resize(image, h, w)
+
+
 def upsample(maps, covered, height, width, smooth=False):
     """Bring maps [c, rows, columns] to [c, height, width]; a patch is one block, or smooth.
 
-    covered: the share (y, x) of the maps that the image covers, as attend() gives it.
+    covered: the share (y, x) of the maps that the image covers.
     """
     y, x = covered
     corners = torch.tensor([[[x, 0, x - 1], [0, y, y - 1]]])
@@ -36,7 +49,7 @@ def upsample(maps, covered, height, width, smooth=False):
 
 
 def overlay(image, heat):
-    """Lay a map [h, w] in colours, from 0 to its largest value, over the grey image [3, h, w]."""
+    """Lay a map [h, w] in colors, from 0 to its largest value, over the gray image [3, h, w]."""
     gray = image.float().mean(0)[..., None]
     colors = COLORS[(255 * heat / heat.max().clamp_min(1e-12)).long()]
     return (0.3 * gray + 0.7 * colors).byte()
@@ -53,18 +66,13 @@ def cut_out(image, mask):
 
 
 def tint(image, mask, palette):
-    """Lay each object of a mask [h, w] over the image in its colour of the palette."""
-    colors = rearrange(torch.tensor(palette, dtype=torch.uint8), "(number c) -> number c", c=3)
-    pixels = rearrange(image, "c h w -> h w c")
-    mixed = pixels // 2 + colors[mask.long()] // 2
-    return torch.where(mask[..., None] > 0, mixed, pixels)
-
-
-def shown(image, side=320):
-    """Return the image as a figure shows it: the long side at so many pixels."""
-    scale = side / max(image.shape[1:])
-    h, w = (max(1, round(length * scale)) for length in image.shape[1:])
-    return resize(image, h, w)
+    """Lay each object of a mask [h, w] over the image in its color of the palette."""
+    numbers = [number for number in mask.unique().tolist() if number]
+    if numbers:
+        masks = torch.stack([mask == number for number in numbers])
+        colors = [tuple(palette[3 * number : 3 * number + 3]) for number in numbers]
+        image = draw_segmentation_masks(image, masks, alpha=0.5, colors=colors)
+    return rearrange(image, "c h w -> h w c")
 
 
 # ---- figures ----
@@ -72,7 +80,7 @@ def shown(image, side=320):
 
 def save_figure(figure, path, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100, **options))
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100, **options))
 
 
 def draw_panels(rows, path, note):
@@ -99,30 +107,29 @@ def draw_panels(rows, path, note):
     save_figure(figure, path, pil_kwargs={"optimize": True})
 
 
-def draw_curve(axis, lines, title, curves, levels=()):
-    """Draw values of the log over epochs. curves: {its name: label}; levels: {label: value}."""
-    for (name, label), color in zip(curves.items(), (BLUE, ORANGE)):
-        known = [line for line in lines if name in line]
-        epochs, values = [line["epoch"] for line in known], [line[name] for line in known]
-        marker = "." if len(known) < 20 else None
-        axis.plot(epochs, values, color=color, label=label, marker=marker)
-    for label in levels:
-        level = levels[label]
-        place = axis.get_yaxis_transform()
-        axis.axhline(level, color="gray", linestyle=":")
-        beside = "bottom" if level else "top"
-        axis.text(1, level, label, transform=place, ha="right", va=beside, fontsize=8)
-    if len(curves) > 1:
-        axis.legend(
-            frameon=False,
-            fontsize=8,
-            ncols=2,
-            loc="upper left",
-            borderaxespad=0,
-            handlelength=1,
-            columnspacing=1,
-        )
-    axis.margins(y=0.3 if len(curves) > 1 else 0.15)  # room for the labels
-    axis.set_title(title, fontsize=10)
-    axis.ticklabel_format(useOffset=False)
-    axis.spines[["top", "right"]].set_visible(False)
+def draw_curves(lines, path, plots, columns=4):
+    """Draw the values of a log over its epochs as a PNG.
+
+    plots: {title: ({name in the log: label}, {label of a level: its value})}.
+    """
+    rows = math.ceil(len(plots) / columns)
+    figure = Figure(figsize=(2.75 * columns, 2.3 * rows), layout="constrained")
+    for axis, (title, (curves, levels)) in zip(figure.subplots(rows, columns).flat, plots.items()):
+        for (name, label), color in zip(curves.items(), (BLUE, ORANGE)):
+            known = [line for line in lines if name in line]
+            epochs, values = [line["epoch"] for line in known], [line[name] for line in known]
+            marker = "." if len(known) < 20 else None
+            axis.plot(epochs, values, color=color, label=label, marker=marker)
+        for label, level in levels.items():
+            place, beside = axis.get_yaxis_transform(), "bottom" if level else "top"
+            axis.axhline(level, color="gray", linestyle=":")
+            axis.text(1, level, label, transform=place, ha="right", va=beside, fontsize=8)
+        if len(curves) > 1:
+            axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper left", borderaxespad=0,
+                        handlelength=1, columnspacing=1)  # fmt: skip
+        axis.margins(y=0.3 if len(curves) > 1 else 0.15)  # room for the labels
+        axis.set_title(title, fontsize=10)
+        axis.ticklabel_format(useOffset=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("epoch", fontsize=10)
+    save_figure(figure, path)

@@ -1,15 +1,14 @@
-"""The built-in images: coloured objects on noise, drawn here, with their masks. No download.
+"""The built-in images: colored objects on noise, drawn here, with their masks. No download.
 
-    python shapes.py FOLDER     the thousand held-out images as PNG files, a folder for each class
+    python -m util.shapes FOLDER     the thousand held-out images as PNG files, by class
 
-An image shows one object, a core in a rim of another colour, both of mottled cells, on black and
+An image shows one object, a core in a rim of another color, both of mottled cells, on black and
 white noise. Its class is the step in hue from the rim to the core, in tenths of a turn: neither
-colour alone tells it, nor do place, size, outline or background. Each cell strays from its hue, so
+color alone tells it, nor do place, size, outline or background. Each cell strays from its hue, so
 that only many together show it. They are drawn so that one transformer block can learn them in
 minutes; docs/laptop.md says what mattered.
 """
 
-import argparse
 import colorsys
 import math
 from pathlib import Path
@@ -18,7 +17,8 @@ from random import Random
 from PIL import Image, ImageDraw
 from torchvision.transforms.functional import pil_to_tensor
 
-from terminal import run_command
+from util.config import Parser, run_command
+
 
 LENGTHS = {"train": 10_000, "val": 1_000}
 RIM_HUES = 5
@@ -86,7 +86,7 @@ class Shapes:
         return (x, y), points
 
     def fill(self, outline, scale):
-        """Fill an outline, scaled about its centre: a grey PIL image, 255 inside, antialiased."""
+        """Fill an outline, scaled about its centre: a gray PIL image, 255 inside, antialiased."""
         (x, y), points = outline
         twice = []  # drawn twice as large, then reduced
         for angle, r in points:
@@ -97,7 +97,7 @@ class Shapes:
         return body.reduce(2)
 
     def mottled(self, rng, hue):
-        """Cells of colours about a hue."""
+        """Cells of colors about a hue."""
         values = []
         for _ in range(256):
             strayed = (hue + rng.uniform(-0.08, 0.08)) % 1
@@ -105,7 +105,7 @@ class Shapes:
         return self.cells("RGB", values)
 
     def cells(self, mode, values):
-        """Turn values in [0, 1] into a PIL image of 16 x 16 cells of one colour each."""
+        """Turn values in [0, 1] into a PIL image of 16 x 16 cells of one color each."""
         cells = Image.frombytes(mode, (16, 16), bytes(round(255 * value) for value in values))
         return cells.convert("RGB").resize((self.size, self.size), Image.NEAREST)
 
@@ -123,10 +123,7 @@ class ShapesFilm(Shapes):
         rng = Random(f"film {seed} {film}")
         rims = rng.sample(range(RIM_HUES), 1 + film % 2)
         self.objects = [self.moving_object(rng, rim / RIM_HUES) for rim in rims]
-        self.numbers, self.merged = list(range(1, 1 + len(self.objects))), False
-
-    def mask_name(self, t):
-        return f"{t:05}.png"
+        self.numbers = list(range(1, 1 + len(self.objects)))
 
     def moving_object(self, rng, rim):
         """Choose an object: (points of its outline, hues of rim and core, its paths in x and y)."""
@@ -155,18 +152,19 @@ class ShapesFilm(Shapes):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Write the held-out built-in images as PNG files.")
+    parser = Parser(description="Write the held-out built-in images as PNG files.")
     parser.add_argument("folder", type=Path, help="where they go, a folder for each class")
     return parser.parse_args(argv)
 
 
 def main(args):
+    folder = args.folder
     shapes = Shapes("val")
     for i in range(len(shapes)):
-        place = args.folder / shapes.classes[shapes.labels[i]]
+        place = folder / shapes.classes[shapes.labels[i]]
         place.mkdir(parents=True, exist_ok=True)
         shapes.draw(i)[0].save(place / f"{i}.png")
-    print(f"{len(shapes)} images of {len(shapes.classes)} classes -> {args.folder}")
+    print(f"{len(shapes)} images of {len(shapes.classes)} classes -> {folder}")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageSequence
 
-import propagation
-import segment
+import visualize
 from augment import normalize, resize
-from backbone import build_backbone
-from masks import read_mask, whole_palette, write_mask
-from propagation import Propagation, carry_mask, harden, mix_labels
+from conftest import backbone_of
+from evaluation import video
+from evaluation.masks import read_mask, voc_palette, write_mask
+from evaluation.video import Propagation, carry_mask, harden, mix_labels
 from tests import textbook
 
 pytestmark = pytest.mark.usefixtures("several_blocks")
@@ -34,9 +34,9 @@ def mask_of(numbers, h=24, w=32):
 
 SETTINGS = [
     Propagation(),
-    Propagation(context=2, radius=1),
-    Propagation(radius=0, nearest=3),
-    Propagation(radius=2, nearest=100, temperature=0.5),
+    Propagation(n_last_frames=2, size_mask_neighborhood=1),
+    Propagation(size_mask_neighborhood=0, topk=3),
+    Propagation(size_mask_neighborhood=2, topk=100, temperature=0.5),
 ]
 
 
@@ -44,7 +44,7 @@ SETTINGS = [
 @pytest.mark.parametrize("most", [2**24, 1])
 def test_soft_labels_are_the_plain_rewritings(how, most, monkeypatch):
     """In one block, and in blocks of one row."""
-    monkeypatch.setattr(propagation, "MOST_AFFINITIES", most)
+    monkeypatch.setattr(video, "MOST_AFFINITIES", most)
     h, w = 5, 7
     features = F.normalize(torch.randn(4, h, w, 16, dtype=torch.double), dim=-1)
     labels = [torch.rand(h, w, 3, dtype=torch.double).softmax(-1)]
@@ -52,7 +52,7 @@ def test_soft_labels_are_the_plain_rewritings(how, most, monkeypatch):
     first = rearrange(labels[0], "h w c -> (h w) c")
     wanted = textbook.carry_labels(flat, first, (h, w), *how)
     for t in range(1, 4):
-        sources = [0, *range(max(1, t - how.context), t)]
+        sources = [0, *range(max(1, t - how.n_last_frames), t)]
         keys = torch.stack([features[s] for s in sources]).float()
         known = torch.stack([labels[s] for s in sources]).float()
         got = mix_labels(features[t].float(), keys, known, how)
@@ -64,12 +64,13 @@ def test_soft_labels_are_the_plain_rewritings(how, most, monkeypatch):
 def plain_masks(backbone, frames, first, size, how):
     """Each further frame's mask in float64, and where two labels are so close that either will do.
     """
-    p, (h, w) = backbone.patch, (side // backbone.patch for side in size)
+    p = backbone.patch_size
+    h, w = (side // p for side in size)
     backbone = backbone.double()
     features = []
     for frame in frames:
         x = normalize(resize(frame, *size)[None].double() / 255)
-        features.append(F.normalize(backbone.tokens(x)[0, 0, 1:], dim=-1).detach())
+        features.append(F.normalize(backbone.get_intermediate_layers(x)[0, 0, 1:], dim=-1).detach())
     backbone.float()
     numbers = sorted({0, *first.flatten().tolist()} - {255})
     small = Image.fromarray(first.numpy()).resize((w, h), Image.NEAREST)
@@ -99,7 +100,7 @@ def test_masks_are_the_plain_rewritings(numbers, how):
 
     24 x 34 pixels at a short side of 24, patch 4, are seen as 24 x 32.
     """
-    backbone = build_backbone("vit_micro", 4, 16).eval()
+    backbone = backbone_of("vit_micro", 4, 16).eval()
     frames, first = moving_film(4, w=34), mask_of(numbers, w=34)
     got = list(carry_mask(backbone, frames, first, 24, how))
     assert torch.equal(got[0], first)
@@ -110,7 +111,7 @@ def test_masks_are_the_plain_rewritings(numbers, how):
 
 def test_a_mask_follows_what_moves():
     """The pattern moves by a patch a frame, and no position tells where a patch was."""
-    backbone = build_backbone("vit_micro", 4, 16).eval()
+    backbone = backbone_of("vit_micro", 4, 16).eval()
     torch.nn.init.zeros_(backbone.pos_embed)
     frames, first = moving_film(4, step=4), torch.zeros(24, 32, dtype=torch.uint8)
     first[8:16, 16:28] = 1
@@ -127,23 +128,23 @@ def test_a_label_that_fills_the_frame_stays():
 
 def test_frames_are_whole_patches_and_at_480_as_the_reference_code_has_them():
     image = torch.zeros(3, 480, 854, dtype=torch.uint8)
-    assert propagation.frame_size(image, 480, 16) == (480, 832)
-    assert propagation.frame_size(image, 480, 8) == (480, 832)
-    assert propagation.frame_size(image.mT, 480, 16) == (832, 480)
-    assert propagation.frame_size(image, 68, 4) == (68, 120)
-    assert propagation.frame_size(image, 70, 4) == (68, 124)
+    assert video.frame_size(image, 480, 16) == (480, 832)
+    assert video.frame_size(image, 480, 8) == (480, 832)
+    assert video.frame_size(image.mT, 480, 16) == (832, 480)
+    assert video.frame_size(image, 68, 4) == (68, 120)
+    assert video.frame_size(image, 70, 4) == (68, 124)
     wide = torch.zeros(3, 1080, 2015, dtype=torch.uint8)
-    assert propagation.frame_size(wide, 480, 8) == (480, 832)  # 895.6, rounded down
+    assert video.frame_size(wide, 480, 8) == (480, 832)  # 895.6, rounded down
 
 
 def test_only_the_first_frame_and_the_context_are_sources(monkeypatch):
-    backbone, used = build_backbone("vit_micro", 8, 16).eval(), []
+    backbone, used = backbone_of("vit_micro", 8, 16).eval(), []
 
     def spy(query, keys, labels, how):
         used.append(len(keys))
         return mix_labels(query, keys, labels, how)
 
-    monkeypatch.setattr(propagation, "mix_labels", spy)
+    monkeypatch.setattr(video, "mix_labels", spy)
     frames = (torch.randint(256, (3, 16, 16), dtype=torch.uint8) for _ in range(12))
     assert sum(1 for _ in carry_mask(backbone, frames, mask_of([1], 16, 16), 16)) == 12
     assert used == [1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8]
@@ -160,40 +161,42 @@ def film(tmp_path):
     for t, frame in enumerate(frames):
         frame.save(tmp_path / "frames" / f"{t + 7}.png")
     palette = [0, 0, 0, 10, 20, 30, 40, 50, 60]
-    write_mask(tmp_path / "first.png", mask_of([1, 2]), whole_palette(palette))
+    write_mask(tmp_path / "first.png", mask_of([1, 2]), palette + voc_palette()[9:])
     frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:], duration=80)
-    torch.save(build_backbone("vit_micro", 4, 16).state_dict(), tmp_path / "bare.pth")
+    torch.save(backbone_of("vit_micro", 4, 16).state_dict(), tmp_path / "bare.pth")
     return tmp_path
 
 
 def run(film, *flags):
     flags = [str(flag) for flag in flags]
-    segment.main(segment.parse_args(["video", str(film / "bare.pth"), *flags, "--device", "cpu"]))
+    flags = ["video", str(film / "bare.pth"), *flags, "--device", "cpu"]
+    visualize.main(visualize.parse_args(flags))
 
 
 def test_a_film_gets_a_palette_png_a_frame_and_a_gif(film, capsys):
-    flags = "--mask", film / "first.png", "--strip", film / "strip.png", "--heads", 4
+    flags = "--mask", film / "first.png", "--num_heads", 4
     run(film, film / "frames", *flags)
     out = film / "frames_masks"
     names = [f"{t + 7}.png" for t in range(5)]
-    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "film.gif"])
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "film.gif", "strip.png"])
     for name in names:
         mask, palette = read_mask(out / name)
         assert mask.shape == (24, 32) and palette[:9] == [0, 0, 0, 10, 20, 30, 40, 50, 60]
     assert torch.equal(read_mask(out / "7.png")[0], mask_of([1, 2]))
     with Image.open(out / "film.gif") as tinted:
         assert sum(1 for _ in ImageSequence.Iterator(tinted)) == 5
-    assert Image.open(film / "strip.png").width > 500
+    assert Image.open(out / "strip.png").width > 500
     assert "5 frames, 2 objects" in capsys.readouterr().out
 
-    run(film, film / "film.gif", *flags[:2], "--output", film / "out", "--heads", 4)
-    assert len(list((film / "out").glob("*.png"))) == 5
+    run(film, film / "film.gif", *flags, "--output", film / "out")
+    names = [f"{t:05}.png" for t in range(5)] + ["film.gif", "strip.png"]
+    assert sorted(path.name for path in (film / "out").iterdir()) == names
 
 
 def test_a_mask_that_lies_among_the_frames_is_no_frame(film):
     (film / "first.png").rename(film / "frames" / "first.png")
     run(film, f"{film / 'frames'}/", "--mask", film / "frames" / "first.png")
-    assert len(list((film / "frames_masks").glob("*.png"))) == 5
+    assert len(list((film / "frames_masks").glob("*.png"))) == 5 + 1  # and the strip
 
 
 def test_two_frames_of_one_name_are_an_error(film):
@@ -206,7 +209,7 @@ def test_two_frames_of_one_name_are_an_error(film):
 def test_an_object_that_is_lost_is_said(capsys):
     first = mask_of([1], 16, 16)
     first[0, 0] = 5
-    backbone = build_backbone("vit_micro", 8, 16).eval()
+    backbone = backbone_of("vit_micro", 8, 16).eval()
     frames = [torch.randint(256, (3, 16, 16), dtype=torch.uint8) for _ in range(2)]
     assert len(list(carry_mask(backbone, frames, first, 16))) == 2
     assert "object 5 is in the middle of no patch, and is lost" in capsys.readouterr().err
@@ -214,8 +217,8 @@ def test_an_object_that_is_lost_is_said(capsys):
 
 def test_the_built_in_film_needs_no_mask(film, monkeypatch):
     monkeypatch.chdir(film)
-    run(film, "shapes", "--size", 16, "--context", 1)
-    assert len(list((film / "shapes_masks").iterdir())) == 25
+    run(film, "shapes", "--size", 16, "--n_last_frames", 1)
+    assert len(list((film / "shapes_masks").iterdir())) == 24 + 2
 
 
 def test_an_error_on_the_way_leaves_nothing(film):

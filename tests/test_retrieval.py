@@ -10,25 +10,25 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import index
-import retrieve
+import evaluate
 from augment import normalize
-from backbone import build_backbone
-from copydays import Copies, blur, crop, grey, jpeg, open_copydays, whitening
-from data import Folder
-from features import (
+from conftest import backbone_of, errors
+from evaluation import features, retrieval
+from evaluation.copydays import open_copydays, whitening
+from evaluation.features import (
+    Crops,
     Extraction,
     center_crop,
-    extract,
+    extract_features,
+    features_of,
     gem,
     made_by,
-    represent,
     shrink,
     square,
 )
-from index import index_folder
-from retrieve import near_duplicates
-from shapes import Shapes
+from evaluation.retrieval import near_duplicates
+from util.data import Files, Folder
+from util.shapes import Shapes
 
 CPU = torch.device("cpu")
 
@@ -42,19 +42,19 @@ def album(tmp_path):
         Image.fromarray(Shapes("val")[i].permute(1, 2, 0).numpy()).save(place)
     Image.open(tmp_path / "album" / "0.png").save(tmp_path / "album" / "z copy.png")
     (tmp_path / "album" / "torn.png").write_bytes(b"no image")
-    torch.save(build_backbone("vit_micro", 8, 32).state_dict(), tmp_path / "bare.pth")
+    torch.save(backbone_of("vit_micro", 8, 32).state_dict(), tmp_path / "bare.pth")
     return tmp_path
 
 
-def run(place, capsys, protocol, *flags):
-    """(the lines that retrieve.py prints, those on stderr)."""
-    flags = [str(flag) for flag in flags]
-    same = ["--data", str(place / "album"), "--output", str(place / "out")]
-    given = [protocol, str(place / "bare.pth"), *flags, *same, "--workers", "0", "--device", "cpu"]
-    retrieve.main(retrieve.parse_args(given))
+def run(place, capsys, command, *flags):
+    """(the lines that evaluate.py prints, those on stderr but for the progress)."""
+    given = [command, place / "bare.pth", *flags, "--output", place / "out"]
+    if "--data" not in flags:
+        given += ["--data", place / "album"]
+    given += ["--workers", 0, "--device", "cpu"]
+    evaluate.main(evaluate.parse_args([str(flag) for flag in given]))
     said = capsys.readouterr()
-    errors = [line for line in said.err.splitlines() if not line.startswith("features ")]
-    return said.out.splitlines(), errors
+    return said.out.splitlines(), errors(said.err.splitlines())
 
 
 # ---- the commands ----
@@ -69,7 +69,7 @@ def test_search_finds_the_nearest_but_not_the_query_itself(album, capsys):
     assert "torn.png'" in errors[0]
     assert Image.open(album / "out" / "search.png").width > 400
 
-    backbone = build_backbone("vit_micro", 8, 32).eval()
+    backbone = backbone_of("vit_micro", 8, 32).eval()
     backbone.load_state_dict(torch.load(album / "bare.pth"))
     files = [path for path in (album / "album").rglob("*.png") if path.name != "torn.png"]
     query, by_hand = None, []
@@ -85,6 +85,15 @@ def test_search_finds_the_nearest_but_not_the_query_itself(album, capsys):
     assert [line.split(maxsplit=1)[1] for line in lines[2:5]] == best
 
 
+def test_links_to_the_query_are_the_query_and_take_no_ones_place(album, capsys):
+    query = album / "album" / "0.png"
+    (album / "album" / "symbolic.png").symlink_to("0.png")
+    (album / "album" / "hard.png").hardlink_to(query)
+    lines, _ = run(album, capsys, "search", query, "--top", 3)
+    assert len(lines) == 1 + 4 + 1 and lines[2].endswith("z copy.png")
+    assert not any(name in line for line in lines for name in ("symbolic.png", "hard.png"))
+
+
 def test_copies_are_grouped(album, capsys):
     lines, _ = run(album, capsys, "copies", "--threshold", "0.99999")
     assert "2 of 9 images are in 1 groups" in lines[1] and lines[2] == "group 1, 2 images"
@@ -95,14 +104,16 @@ def test_copies_are_grouped(album, capsys):
 def test_without_a_threshold_copies_made_here_say_how_near_copies_are(album, capsys):
     lines, _ = run(album, capsys, "copies")
     line = json.loads((album / "out" / "evaluate.jsonl").read_text())
-    backbone = build_backbone("vit_micro", 8, 32).eval()
+    backbone = backbone_of("vit_micro", 8, 32).eval()
     backbone.load_state_dict(torch.load(album / "bare.pth"))
     images, cosines = Folder(album / "album"), []
     for i in range(10):
         if "torn" in images.paths[i]:
             continue
-        image = images[i]
-        pair = torch.stack([image, Copies([image], jpeg)[0]])
+        image, file = images[i], io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=10)
+        copy = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+        pair = torch.stack([image, copy])
         views = torch.stack([center_crop(one, 32) for one in pair])
         cosines.append(F.cosine_similarity(*backbone(normalize(views / 255)), 0).item())
     assert line["threshold"] == pytest.approx(np.quantile(cosines, 0.1), abs=1e-5)
@@ -115,15 +126,14 @@ def test_features_in_both_formats(album, capsys):
     names = ["0.png", "2.png", "4.png", "6.png", "z copy.png"]
     names += [f"holiday/{i}.png" for i in (1, 3, 5, 7)]
     assert saved["names"] == names and saved["features"].shape == (9, 96)
-    assert saved["checkpoint"] == str(album / "bare.pth") and saved["size"] == 32
+    assert saved["checkpoint"] == str(album / "bare.pth") and saved["network"] == "teacher"
     run(album, capsys, "features", "--file", album / "f.npy")
     assert np.array_equal(np.load(album / "f.npy"), saved["features"].numpy())
     assert (album / "f.txt").read_text().splitlines() == names
-    assert json.loads((album / "f.json").read_text())["kind"] == saved["kind"]
 
 
 def test_near_duplicates_are_the_connected_pairs(monkeypatch):
-    monkeypatch.setattr(retrieve, "BLOCK", (1024, 700))
+    monkeypatch.setattr(retrieval, "BLOCK", (1024, 700))
     x = F.normalize(torch.randn(2500, 8), dim=-1)
     x[[3, 2400, 1200]] = x[7] + 0.001 * torch.randn(3, 8)
     x[1500] = x[20]
@@ -149,95 +159,130 @@ def test_near_duplicates_are_the_connected_pairs(monkeypatch):
 # ---- what is kept ----
 
 
-def count_computed(monkeypatch):
-    computed = []
-    real = index.compute
+@pytest.fixture
+def read_files(monkeypatch):
+    """The names of the files that have been read for their features since the list was cleared."""
+    read, real = [], Crops.__getitem__
 
-    def spy(backbone, images, indices, *rest):
-        computed.append([images.paths[i] for i in indices])
-        return real(backbone, images, indices, *rest)
+    def spy(crops, key):
+        read.append(crops.images.paths[crops.indices[key[1]]])
+        return real(crops, key)
 
-    monkeypatch.setattr(index, "compute", spy)
-    return computed
+    monkeypatch.setattr(Crops, "__getitem__", spy)
+    return read
 
 
-def test_only_new_and_changed_files_are_computed_again(album, monkeypatch):
-    computed = count_computed(monkeypatch)
-    backbone = build_backbone("vit_micro", 8, 32).eval()
+def index(backbone, folder, how):
+    """(the names of the images of a folder that can be read, their features)."""
+    images = Folder(folder)
+    x, read = extract_features(backbone, images, how)
+    return [images.paths[i] for i in read], x
+
+
+def test_only_new_and_changed_files_are_computed_again(album, read_files):
+    backbone = backbone_of("vit_micro", 8, 32).eval()
     how = Extraction(CPU, cache=album)
     (album / "album" / "torn.png").unlink()
-    first = index_folder(backbone, album / "album", how)
-    again = index_folder(backbone, album / "album", how)
-    assert len(computed) == 1 and len(computed[0]) == 9
-    assert again.names == first.names and torch.equal(again.features, first.features)
+    names, first = index(backbone, album / "album", how)
+    assert sorted(read_files) == sorted(names) and len(names) == 9
+    read_files.clear()
+    names_again, again = index(backbone, album / "album", how)
+    assert not read_files and names_again == names and torch.equal(again, first)
 
     (album / "album" / "2.png").unlink()  # gone, new, and changed
     Image.new("RGB", (9, 9), "red").save(album / "album" / "new.png")
     Image.new("RGB", (9, 9), "blue").save(album / "album" / "4.png")
-    after = index_folder(backbone, album / "album", how)
-    assert sorted(computed[1]) == ["4.png", "new.png"] and "2.png" not in after.names
-    (tidied,) = album.glob("index-*.pth")
-    assert sorted(torch.load(tidied)["names"]) == sorted(after.names)
-    fresh = index_folder(backbone, album / "album", Extraction(CPU))
-    assert fresh.names == after.names
-    assert torch.allclose(fresh.features, after.features, atol=1e-6)
-    index_folder(build_backbone("vit_micro", 8, 32).eval(), album / "album", how)
-    assert len(computed) == 4 and len(computed[3]) == 9  # other weights
-    index_folder(backbone, album / "album", Extraction(CPU, cache=album, fit=square))
-    assert len(computed) == 5
+    os.utime(album / "album" / "6.png", (1, 1))
+    names, after = index(backbone, album / "album", how)
+    assert sorted(read_files) == ["4.png", "6.png", "new.png"] and "2.png" not in names
+    (tidied,) = album.glob("features-*.pth")
+    kept = [name for name, *_ in torch.load(tidied, weights_only=True)["files"]]
+    assert sorted(kept) == sorted(names)
+    fresh_names, fresh = index(backbone, album / "album", Extraction(CPU))
+    assert fresh_names == names
+    assert torch.allclose(fresh, after, atol=1e-6)
+    others = backbone_of("vit_micro", 8, 32).eval(), backbone  # other weights, other settings
+    for other, fit in zip(others, (center_crop, square)):
+        read_files.clear()
+        index(other, album / "album", Extraction(CPU, cache=album, fit=fit))
+        assert sorted(read_files) == sorted(names)
+    assert len(list(album.glob("features-*.pth"))) == 3
 
 
-def test_what_is_done_when_it_is_stopped_is_kept(album, monkeypatch):
-    monkeypatch.setattr(index, "CHUNK", 4)
-    monkeypatch.setattr(index, "KEEP_EVERY", 0)
-    backbone, how = build_backbone("vit_micro", 8, 32).eval(), Extraction(CPU, cache=album)
-    computed, real = [], index.compute
+def test_the_commands_share_what_is_kept(album, read_files, capsys):
+    """What the first command has computed, the others read."""
+    run(album, capsys, "features", "--cache")
+    read_files.clear()
+    run(album, capsys, "search", album / "album" / "0.png", "--cache")
+    lines, said = run(album, capsys, "copies", "--threshold", "0.99999", "--cache")
+    assert set(read_files) == {"torn.png"} and "2 of 9 images are in 1 groups" in lines[1]
+    assert "1 of 10 images cannot be read" in said[0]
+    run(album, capsys, "search", album / "album" / "0.png")
+    assert len(read_files) == 2 + 10  # without --cache nothing is kept or taken
 
-    def stopped(backbone, images, indices, *rest):
-        if len(computed) == 1:
+
+def test_parts_of_a_folder_are_kept_side_by_side(album, read_files):
+    """As a benchmark's queries and its database are, or its blocks of copies."""
+    backbone, how = backbone_of("vit_micro", 8, 32).eval(), Extraction(CPU, cache=album)
+    names = ["0.png", "2.png", "4.png"]
+    for part in (names[:2], names[2:], names):
+        extract_features(backbone, Files(album / "album", part), how)
+    assert read_files == names
+
+
+def test_what_is_done_when_it_is_stopped_is_kept(album, read_files, monkeypatch):
+    monkeypatch.setattr(features, "KEEP_EVERY", 0)
+    backbone = backbone_of("vit_micro", 8, 32).eval()
+    how = Extraction(CPU, batch_size=4, cache=album)
+
+    def stopped(*given):
+        if len(read_files) > 4:
             raise KeyboardInterrupt
-        computed.append(indices)
-        return real(backbone, images, indices, *rest)
+        return features_of(*given)
 
-    monkeypatch.setattr(index, "compute", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        index_folder(backbone, album / "album", how)
-    monkeypatch.setattr(index, "compute", real)
-    again = count_computed(monkeypatch)
-    index_folder(backbone, album / "album", how)
-    assert sum(map(len, again)) == 6 and not list(album.glob("*.tmp"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(features, "features_of", stopped)
+        index(backbone, album / "album", how)
+    first = read_files[:4]
+    read_files.clear()
+    names, x = index(backbone, album / "album", how)
+    assert len(read_files) == 6 and not set(first) & set(read_files)
+    assert not list(album.glob("*.tmp"))
+    fresh_names, fresh = index(backbone, album / "album", Extraction(CPU))
+    assert names == fresh_names and torch.allclose(x, fresh, atol=1e-6)
 
 
 def test_a_cache_of_nothing_is_nothing(album):
     """No image can be read; later one can."""
-    backbone, how = build_backbone("vit_micro", 8, 32).eval(), Extraction(CPU, cache=album)
+    backbone, how = backbone_of("vit_micro", 8, 32).eval(), Extraction(CPU, cache=album)
     (album / "new").mkdir()
     (album / "new" / "a.png").write_bytes(b"no image")
     for _ in range(2):
         with pytest.raises(ValueError, match="1 of 1 images cannot be read"):
-            index_folder(backbone, album / "new", how)
+            index(backbone, album / "new", how)
+    assert not list(album.glob("features-*"))
     Image.new("RGB", (9, 9)).save(album / "new" / "a.png")
-    assert index_folder(backbone, album / "new", how).names == ["a.png"]
+    assert index(backbone, album / "new", how)[0] == ["a.png"]
 
 
 def test_an_image_that_is_mended_is_seen(album):
-    """Features of images of which one could not be read are not kept under their names."""
-    backbone, how = build_backbone("vit_micro", 8, 32).eval(), Extraction(CPU, cache=album)
+    """Of an image that could not be read nothing is kept under its name."""
+    backbone, how = backbone_of("vit_micro", 8, 32).eval(), Extraction(CPU, cache=album)
     images = Folder(album / "album")
-    assert len(extract(backbone, images, list(range(10)), how)[1]) == 9
+    assert len(extract_features(backbone, images, how)[1]) == 9
     Image.new("RGB", (9, 9)).save(album / "album" / "torn.png")
     for _ in range(2):
-        assert len(extract(backbone, images, list(range(10)), how)[1]) == 10
-    other = build_backbone("vit_micro", 8, 32).eval()
+        assert len(extract_features(backbone, images, how)[1]) == 10
+    other = backbone_of("vit_micro", 8, 32).eval()
     other.load_state_dict(backbone.state_dict())
-    other.heads = 3  # the same weights, another network
+    other.num_heads = 3  # the same weights, another network
     assert made_by(other, how) != made_by(backbone, how)
 
 
 def test_our_own_pictures_are_no_images_of_the_folder(album, capsys):
     flags = "search {0}/bare.pth {0}/album/0.png --data {0}/album --output {0}/album --top 20"
     for _ in range(2):
-        retrieve.main(retrieve.parse_args(flags.format(album).split()))
+        evaluate.main(evaluate.parse_args(flags.format(album).split()))
     found = capsys.readouterr().out.split("bare.pth: ")[-1].splitlines()
     assert (album / "album" / "search.png").exists()
     assert not any("search.png" in line for line in found[:-1])
@@ -248,20 +293,21 @@ def test_our_own_pictures_are_no_images_of_the_folder(album, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     ("search nowhere.png", "cannot read 'nowhere.png'"),
-    ("search torn", "none of the queries can be read"),
-    ("features --file nowhere/a.npy", "there is no such folder"),
+    ("search torn", "no image below 'torn' can be read"),
+    ("features --file nowhere/a.npy", "and its folder be there"),
     ("copydays --size 9 --data shapes", "--size 9 must be divisible by the patch, 8"),
     ("copydays --data twice", "begin with the same four characters"),
     ("copydays --data copies --whitening one", "needs images whose features differ"),
     ("search album/torn.png", "cannot read 'album/torn.png'"),
-    ("search empty", "no images below 'empty'"),
+    ("search empty", "no image below 'empty' can be read"),
     ("search album/0.png --top 0", "--top 0 must be positive"),
     ("search album/0.png --data shapes", "--data shapes is no folder of images"),
     ("copies --data empty", "no images below 'empty'"),
     ("copies --data torn", "1 of 1 images cannot be read, the first 'torn/a.png'"),
-    ("copies --threshold 1.5", "--threshold 1.5 must lie in"),
-    ("features --file a.csv", "--file a.csv: its name must end in .pth or .npy"),
-    ("features --workers -1", "--workers -1 must not be negative"),
+    ("copies --data ours --output ours", "holds nothing but the pictures drawn there"),
+    ("copies --threshold 1.5", "--threshold 1.5 must "),
+    ("features --file a.csv", "--file a.csv must end in .pth or .npy"),
+    ("features --workers -1", "--num_workers -1 must be 0 or more"),
     ("oxford", "cannot read the ground truth"),
     ("copydays --distractors empty", "no images below 'empty'"),
     ("copydays --data copies", "'copies/strong/0009.png' is a copy of no image in original/"),
@@ -272,17 +318,18 @@ def test_bad_input_is_one_line(album, monkeypatch, capsys, flags, message):
     for name in "empty torn one copies/original copies/strong only/original twice/original".split():
         (album / name).mkdir(parents=True)
     (album / "torn" / "a.png").write_bytes(b"no image")
+    (album / "ours").mkdir()
     copies = "copies/original/0001 copies/strong/0009 " if "--whitening" not in flags else ""
     whole = "copies/original/0001 copies/strong/0001x " if "--whitening" in flags else ""
-    others = "only/original/0001 twice/original/0001 twice/original/0001b one/a"
+    others = "only/original/0001 twice/original/0001 twice/original/0001b one/a ours/copies"
     for name in (copies + whole + others).split():
         Image.new("RGB", (9, 9)).save(album / f"{name}.png")
-    protocol, *others = flags.split()
-    given = [protocol, "bare.pth", "--data", "album", "--workers", "0", "--device", "cpu", *others]
-    if protocol == "search":
-        given = [protocol, "bare.pth", others[0], "--data", "album", "--workers", "0", *others[1:]]
+    command, *others = flags.split()
+    given = [command, "bare.pth", "--data", "album", "--workers", "0", "--device", "cpu", *others]
+    if command == "search":
+        given = [command, "bare.pth", others[0], "--data", "album", "--workers", "0", *others[1:]]
     with pytest.raises(ValueError) as error:
-        retrieve.main(retrieve.parse_args(given))
+        evaluate.main(evaluate.parse_args(given))
     assert message in str(error.value)
     assert not list(album.glob("*.jsonl"))
 
@@ -306,10 +353,10 @@ def test_gem_is_the_fourth_root_of_the_mean_fourth_power():
         for d in range(3):
             values = [max(value, 1e-6) ** 4 for value in tokens[b, :, d].tolist()]
             assert gem(tokens)[b, d].item() == pytest.approx((sum(values) / 5) ** 0.25, abs=1e-12)
-    backbone = build_backbone("vit_micro", 8, 16).eval()
+    backbone = backbone_of("vit_micro", 8, 16).eval()
     images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
-    got = represent(backbone, images, Extraction(CPU, gem=True))
-    tokens = backbone.tokens(normalize(images / 255))[0]
+    got = features_of(backbone, images, Extraction(CPU, gem=True))
+    tokens = backbone.get_intermediate_layers(normalize(images / 255))[0]
     assert torch.allclose(got, torch.cat([tokens[:, 0], gem(tokens[:, 1:])], 1), atol=1e-6)
 
 
@@ -329,28 +376,12 @@ def test_fits_and_scales():
     image = torch.randint(256, (3, 30, 50), dtype=torch.uint8)
     assert square(image, 16).shape == (3, 16, 16)
     assert shrink(image, 25).shape == (3, 15, 25) and torch.equal(shrink(image, 99), image)
-    backbone = build_backbone("vit_micro", 8, 16).eval()
+    backbone = backbone_of("vit_micro", 8, 16).eval()
     how = Extraction(CPU, scales=(1.0, 0.5))
     one = normalize(image[None] / 255)
     half = F.interpolate(one, scale_factor=0.5, mode="bilinear")
     wanted = (backbone(one[:, :, :24, :48]) + backbone(half[:, :, :8, :24])) / 2
-    assert torch.allclose(represent(backbone, image[None], how), wanted, atol=1e-6)
-    strip = torch.randint(256, (1, 3, 1, 50), dtype=torch.uint8)  # below a patch
-    assert represent(backbone, strip, how).isfinite().all()
-
-
-def test_copies_made_here_are_copies():
-    shapes = Shapes("val", 3)
-    for change in (crop, jpeg, blur, grey):
-        copies = Copies(shapes, change)
-        assert len(copies) == 3 and copies[1].dtype == torch.uint8
-        assert torch.equal(copies[1], copies[1]) and change.__name__ in copies.name(1)
-    side = Copies(shapes, crop)[0].shape[1]
-    assert 0.45 < side**2 / 64**2 < 0.55
-    assert torch.equal(*Copies(shapes, grey)[0][:2])
-    file = io.BytesIO()
-    Image.fromarray(shapes[0].permute(1, 2, 0).numpy()).save(file, "JPEG", quality=10)
-    assert (Copies(shapes, jpeg)[0].float() - shapes[0].float()).abs().mean() > 5
+    assert torch.allclose(features_of(backbone, image[None], how), wanted, atol=1e-6)
 
 
 def test_copydays_is_read_by_its_names(album, capsys, tmp_path):
@@ -364,32 +395,25 @@ def test_copydays_is_read_by_its_names(album, capsys, tmp_path):
         original = f"{name.split('/')[-1][:4]}00"
         Image.open(root / "original" / f"{original}.jpg").save(root / f"{name}.jpg")
     _, blocks = open_copydays(root)
-    assert {name: block.originals for name, block in blocks.items()} == {
+    assert {name: numbers for name, (_, numbers) in blocks.items()} == {
         "crops/50": [1], "jpegqual/3": [0], "strong": [0, 0, 1]
     }  # fmt: skip
     flags = "--distractors", album / "album", "--whitening", album / "album", "--data", root
-    same = ["--output", str(album / "out"), "--workers", "0", "--device", "cpu"]
-    line = ["copydays", str(album / "bare.pth"), *map(str, flags), *same]
-    retrieve.main(retrieve.parse_args(line))
-    said = capsys.readouterr().out
+    lines, _ = run(album, capsys, "copydays", *flags)
+    said = "\n".join(lines)
     assert "2 originals among 10 distractors" in said and "learned from 10 images" in said
-    assert [row.split() for row in said.splitlines()[-3:]] == [
+    assert [row.split() for row in lines[-3:]] == [
         ["crops/50", "1", "100.0"], ["jpegqual/3", "1", "100.0"], ["strong", "3", "100.0"]
     ]  # fmt: skip
+    (root / "strong").rename(root / "originals changed")
+    assert open_copydays(root)[1]["originals changed"][1] == [0, 0, 1]
 
 
-def test_copies_of_shapes_beside_untrained_and_raw_pixels(album, capsys, monkeypatch):
-    monkeypatch.setattr("copydays.MADE", 40)
-    run(album, capsys, "copydays", "--data", "shapes")
-    line = json.loads((album / "out" / "evaluate.jsonl").read_text())
-    assert line["raw pixels"].keys() == {"crop", "jpeg", "blur", "grey"}
-    assert line["raw pixels"]["jpeg"] > 90 and 0 < line["untrained"]["crop"] <= 100
-
-
-def test_a_file_name_that_is_not_utf8_is_kept(album):
-    name = os.fsdecode(b"caf\xe9.png")
-    Image.new("RGB", (9, 9)).save(album / "album" / name)
-    backbone, how = build_backbone("vit_micro", 8, 32).eval(), Extraction(CPU, cache=album)
+def test_a_file_name_that_is_not_utf8_is_kept(album, read_files):
+    name = os.fsdecode(b"caf\xe9")
+    (album / name).mkdir()
+    Image.new("RGB", (9, 9)).save(album / name / f"{name}.png")
+    backbone, how = backbone_of("vit_micro", 8, 32).eval(), Extraction(CPU, cache=album)
     for _ in range(2):
-        assert name in index_folder(backbone, album / "album", how).names
-    assert name in Folder(album / "album").paths
+        assert index(backbone, album / name, how)[0] == [f"{name}.png"]
+    assert read_files == [f"{name}.png"] == Folder(album / name).paths

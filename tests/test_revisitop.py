@@ -9,17 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-import landmarks
-import retrieve
-from backbone import build_backbone
-from landmarks import measure, read_ground_truth
-from ranking import (
+import evaluate
+from conftest import backbone_of
+from evaluation import features, revisitop
+from evaluation.ranking import (
     average_precision,
     mean_average_precision,
     precision_at,
     rankings,
     ranks_of,
 )
+from evaluation.revisitop import measure, read_ground_truth
 from tests import textbook
 
 
@@ -69,7 +69,7 @@ def test_a_query_without_a_positive_is_left_out():
 
 
 def test_of_equally_near_images_the_lower_index_comes_first(monkeypatch):
-    monkeypatch.setattr("ranking.QUERIES", 2)
+    monkeypatch.setattr("evaluation.ranking.QUERIES", 2)
     database = torch.tensor([[1.0, 0], [0, 1], [2, 0], [0, 3]])
     queries = torch.tensor([[5.0, 0], [0, 1], [1, 0]])
     orders = [order.tolist() for order in rankings(queries, database)]
@@ -123,14 +123,14 @@ def oxford(tmp_path):
     answers = [{"bbx": [0, 0, 9, 9], "easy": [i], "hard": [i + 2], "junk": [5]} for i in (0, 1)]
     truth = {"imlist": names, "qimlist": ["query_0", "query_1"], "gnd": answers}
     (jpg.parent / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(truth))
-    torch.save(build_backbone("vit_micro", 8, 16).state_dict(), tmp_path / "bare.pth")
+    torch.save(backbone_of("vit_micro", 8, 16).state_dict(), tmp_path / "bare.pth")
     return tmp_path
 
 
 def run(tmp_path, capsys, *flags):
     flags = [str(flag) for flag in flags]
     given = ["oxford", str(tmp_path / "bare.pth"), *flags, "--workers", "0", "--device", "cpu"]
-    retrieve.main(retrieve.parse_args(given))
+    evaluate.main(evaluate.parse_args(given))
     return capsys.readouterr().out.splitlines()
 
 
@@ -151,15 +151,15 @@ def test_missing_images_are_counted_and_named(oxford, capsys):
 
 def test_an_image_is_shrunk_to_its_long_side_and_seen_in_whole_patches(oxford, monkeypatch, capsys):
     seen = []
-    real = landmarks.extract
+    real = revisitop.extract_features
 
-    def spy(backbone, images, indices, how):
+    def spy(backbone, images, how):
         seen.append(how)
         forward = backbone.forward
         backbone.forward = lambda x: (seen.append(tuple(x.shape)), forward(x))[1]
-        return real(backbone, images, indices, how)
+        return real(backbone, images, how)
 
-    monkeypatch.setattr(landmarks, "extract", spy)
+    monkeypatch.setattr(revisitop, "extract_features", spy)
     run(oxford, capsys, "--data", oxford / "data", "--size", 48, "--multiscale")
     shapes = {shape for shape in seen if isinstance(shape, tuple)}
     # 30 x 50 -> 29 x 48, 60 x 40 -> 48 x 32, each at 1, 1 / sqrt 2 and 1 / 2, in patches of 8
@@ -167,3 +167,11 @@ def test_an_image_is_shrunk_to_its_long_side_and_seen_in_whole_patches(oxford, m
         (1, 3, 48, 24), (1, 3, 32, 16), (1, 3, 24, 8),
         (1, 3, 32, 48), (1, 3, 16, 32), (1, 3, 16, 24),
     }  # fmt: skip
+
+
+def test_kept_features_are_all_read_the_next_time(oxford, monkeypatch, capsys):
+    """Queries and database lie in one folder, and neither takes the other's place."""
+    flags = "--data", oxford / "data", "--cache"
+    first = run(oxford, capsys, *flags)
+    monkeypatch.setattr(features, "features_of", None)  # nothing is computed
+    assert run(oxford, capsys, *flags) == first

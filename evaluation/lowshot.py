@@ -9,18 +9,24 @@ no learning rate and no number of epochs are to be chosen. Several draws give a 
 the accuracy on the held-out images. Axes: n images, d features, c classes.
 """
 
-from collections import Counter, defaultdict
-from dataclasses import replace
+from collections import defaultdict
 from random import Random
 
 import torch
 import torch.nn.functional as F
 
-from data import load_labelled
-from distributed import in_turn
-from features import describe_tokens, labelled_features, probe_tokens
-from protocol import extraction
-from terminal import say
+from evaluation.features import (
+    add_extraction_flags,
+    add_token_flags,
+    add_untrained_flag,
+    describe_tokens,
+    extraction,
+    labelled_features,
+    probe_tokens,
+)
+from util.data import load_labelled
+from util.distributed import rank0_first
+from util.misc import say
 
 TOLERANCE = 1e-5  # of the gradient's norm at the optimum, as a share of that at the start
 
@@ -74,57 +80,54 @@ def accuracy(weights, x, labels):
     return 100 * (logits.argmax(1) == labels).double().mean().item()
 
 
-def low_shot(backbone, train, val, fractions, how, args):
-    """Return the accuracy in per cent of each draw of each fraction: {fraction: [...]}."""
+def low_shot(backbone, train, val, how, args):
+    """Return the accuracy in per cent of each draw, {fraction: [...]}, and how many were drawn.
+
+    ValueError: a fraction of the labels is no image of any class.
+    """
     x, labels = (part.cpu() for part in labelled_features(backbone, train, how))
     held_out, truth = (part.cpu() for part in labelled_features(backbone, val, how))
     mean, std = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)  # these need no label
     x, held_out = (x - mean) / std, (held_out - mean) / std
-    results = {}
-    for fraction in fractions:
+    results, counts = {}, {}
+    for fraction in args.fraction:
         results[fraction] = []
         for seed in range(args.draws):
             drawn = draw(labels.tolist(), fraction, seed)
-            classes = len(train.classes)
-            weights = logistic_regression(x[drawn], labels[drawn], classes, args.penalty)
+            if not drawn:
+                raise ValueError(f"--fraction {fraction} of the labels is no image of any class")
+            weights = logistic_regression(x[drawn], labels[drawn], len(train.classes), args.penalty)
             results[fraction].append(accuracy(weights, held_out, truth))
-    return results
+        counts[fraction] = len(drawn), len(train.classes) - len(labels[drawn].unique())
+    return results, counts
 
 
-def fractions_with_images(fractions, labels):
-    """Return {fraction: (images in it, classes without one)} of those that have an image.
-
-    The others are named. ValueError: that is all of them.
-    """
-    counts = Counter(label for label in labels if label >= 0)
-    kept = {}
-    for fraction in fractions:
-        drawn = [round(fraction * count) for count in counts.values()]
-        if any(drawn):
-            kept[fraction] = sum(drawn), drawn.count(0)
-        else:
-            say(f"note: {100 * fraction:g} % of the labels is no image of any class: left out")
-    if not kept:
-        raise ValueError(f"--fraction {fractions} of the labels is no image of any class")
-    return kept
+def add_flags(parser, command):
+    add_extraction_flags(parser)
+    add_untrained_flag(parser)
+    add_token_flags(parser)
+    add = parser.add_argument
+    add("--fraction", type=float, nargs="+", default=[0.01, 0.1],
+        help="shares of each class's labels (the paper's: 0.01 0.1)")  # fmt: skip
+    add("--draws", type=int, default=5, help="how often the images are drawn")
+    add("--penalty", type=float, default=1.0, help="L2 penalty, for the sum over the images")
 
 
-def evaluate_logistic(args, subject):
+def evaluate(args, subject):
     """Print the table of fractions, and return its figures."""
-    train, val = in_turn(lambda: load_labelled(subject.data, held_out=True))
+    train, val = rank0_first(lambda: load_labelled(subject.data, held_out=True))
     kind = probe_tokens(subject.backbone, args)
-    how = replace(extraction(args, subject), **kind)
-    fractions = fractions_with_images(args.fraction, train.labels)
+    how = extraction(args, subject, **kind)
     columns = {}
     for name, network in subject.networks(args.untrained is not False).items():
-        columns[name] = low_shot(network, train, val, fractions, how, args)
+        columns[name], counts = low_shot(network, train, val, how, args)
     say(
         f"{subject.data}: {len(val)} images to test on, {len(train.classes)} classes; "
         f"{describe_tokens(subject.backbone, **kind)}; mean and standard deviation of "
         f"{args.draws} draws, top-1 %"
     )
     say("labels  images" + "".join(f"  {name:>12}" for name in columns))
-    for fraction, (images, missing) in fractions.items():
+    for fraction, (images, missing) in counts.items():
         row = f"{100 * fraction:4g} %  {images:6}"
         for column in columns.values():
             values = torch.tensor(column[fraction], dtype=torch.double)

@@ -1,0 +1,329 @@
+"""Every hyper-parameter with the paper's value and ours, the command line, and how a command ends.
+
+The paper's values are section 3.2's ("Implementation details"); where the reference code's defaults
+differ or say more (tau_t, clipping, the frozen last layer), they are the code's. Flag names are the
+reference code's; the short forms are ours. docs/laptop.md says why the laptop's recipe is as it is
+(tour, stop 12).
+"""
+
+import argparse
+import atexit
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import textwrap
+from pathlib import Path
+
+import torch
+
+from util.misc import clear_progress
+from vit import ARCHITECTURES
+
+PAPER = {  # flag: (the paper's value, what it is)
+    # network
+    "patch_size": (16, "side of a patch in pixels"),
+    "drop_path_rate": (0.1, "stochastic depth in the student's last block; 0 in its first"),
+    # multi-crop
+    "global_crops_size": (224, "side of the two global crops"),
+    "global_crops_scale": ([0.4, 1.0], "area of a global crop, as a share of the image's"),
+    "local_crops_size": (96, "side of the local crops"),
+    "local_crops_scale": ([0.05, 0.4], "area of a local crop"),
+    "local_crops_number": (8, "number of local crops"),
+    "blur_sigma": (2.0, "largest sigma of the blur, in pixels"),
+    # head
+    "out_dim": (65536, "K, the outputs of the head"),
+    "hidden_dim": (2048, "width of the head's hidden layers"),
+    "bottleneck_dim": (256, "width of the head's bottleneck"),
+    "norm_last_layer": (True, "keep g of the last layer at 1 (300-epoch runs: false)"),
+    "freeze_last_layer": (1, "epochs during which the head's last layer stays as it is"),
+    # teacher and loss
+    "momentum_teacher": (0.996, "the teacher's lambda at the start; it ends at 1"),
+    "center_momentum": (0.9, "m of Eq. 4"),
+    "student_temp": (0.1, "tau_s"),
+    "teacher_temp": (0.04, "tau_t after its warm-up (the 300-epoch runs: 0.07)"),
+    "warmup_teacher_temp": (0.04, "tau_t at the start"),
+    "warmup_teacher_temp_epochs": (30, "epochs over which tau_t rises"),
+    # optimisation
+    "optimizer": ("adamw", "adamw or sgd"),
+    "lr": (5e-4, "peak learning rate for a global batch of 256; scales with the batch"),
+    "min_lr": (1e-6, "learning rate at the end"),
+    "warmup_epochs": (10, "epochs over which the learning rate rises"),
+    "weight_decay": (0.04, "weight decay at the start"),
+    "weight_decay_end": (0.4, "weight decay at the end"),
+    "clip_grad": (3.0, "largest norm of the gradient, 0 for any"),
+    "epochs": (100, "passes over the data"),
+    "batch_size_per_gpu": (64, "images a process a step"),
+    "accumulate": (1, "batches a step, for a larger global batch on the same memory"),
+    # the k-NN tests
+    "knn_bank": (10_000, "images that vote in the k-NN tests during training"),
+}
+LAPTOP = dict(
+    patch_size=4, drop_path_rate=0.0, global_crops_size=32, local_crops_size=16,
+    local_crops_scale=[0.1, 0.4], local_crops_number=4, out_dim=256, hidden_dim=256,
+    bottleneck_dim=64, freeze_last_layer=0, momentum_teacher=0.99, teacher_temp=0.02,
+    warmup_teacher_temp=0.02, warmup_teacher_temp_epochs=0, lr=1.6e-2, min_lr=1e-5,
+    warmup_epochs=1, weight_decay_end=0.04, epochs=12, batch_size_per_gpu=32, knn_bank=2_000,
+)  # fmt: skip
+PHOTOS = LAPTOP | dict(
+    patch_size=8, global_crops_size=48, local_crops_size=24, blur_sigma=0.4, out_dim=1024,
+    hidden_dim=512, bottleneck_dim=128, teacher_temp=0.04, warmup_teacher_temp_epochs=5, lr=4e-3,
+    epochs=None, batch_size_per_gpu=64,
+)  # fmt: skip
+RESNET = dict(
+    drop_path_rate=0.0, global_crops_scale=[0.14, 1.0], local_crops_scale=[0.05, 0.14],
+    optimizer="sgd", lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4,
+)  # fmt: skip
+RECIPES = {  # architecture: (name of its recipe, where that differs from the paper's)
+    "vit_micro": ("the laptop's", LAPTOP),
+    "vit_mini": ("photographs on a small machine", PHOTOS),
+    "resnet50": ("the paper's for ResNet-50", RESNET),
+}
+PHOTOS_SEEN = 640_000  # images in all that the recipe for photographs trains on, whatever their
+MOST_EPOCHS = 250  # number, but each at most so often
+
+SHORT = {  # short forms of flags
+    "patch_size": "--patch",
+    "batch_size_per_gpu": "--batch",
+    "data_path": "--data",
+    "output_dir": "--output",
+    "num_workers": "--workers",
+}
+POSITIVE = (  # flags of all commands that must not be 0; other numbers must not be negative
+    "patch_size global_crops_size local_crops_size out_dim hidden_dim bottleneck_dim student_temp "
+    "teacher_temp warmup_teacher_temp blur_sigma epochs batch_size_per_gpu accumulate log_every "
+    "knn_bank size nb_knn num_heads lr n_last_blocks fraction draws penalty top mass fps topk "
+    "temperature"
+).split()
+AT_MOST = dict(momentum_teacher=1, center_momentum=1, drop_path_rate=1, mass=1, fraction=1,
+               threshold=1, blur_sigma=2)  # fmt: skip
+
+
+# ---- train.py's command line ----
+
+
+def parse_args(description, argv=None):
+    """Resolve train.py's command line: what it leaves open comes from the architecture's recipe."""
+    parser = Parser(description=description)
+    add_training_flags(parser)
+    return resolve(parser.parse_args(argv))
+
+
+def add_training_flags(parser):
+    for name, (value, text) in PAPER.items():
+        kind = {"type": type(value)}
+        if isinstance(value, bool):
+            kind = {"type": true_or_false, "metavar": "true|false"}
+        elif isinstance(value, list):
+            kind = {"type": float, "nargs": 2, "metavar": ("MIN", "MAX")}
+        whose = "default" if name in ("accumulate", "knn_bank") else "paper"
+        others = [f"{arch} {shown(r[name])}" for arch, (_, r) in RECIPES.items() if name in r]
+        text = f"{text} ({'; '.join([f'{whose} {shown(value)}', *others])})"
+        add_flag(parser, name, help=text, **kind)
+    add = parser.add_argument
+    add_flag(parser, "data_path", default="shapes", help="a folder of images, or shapes, cifar10, "
+             "cifar100, stl10, imagenette, flowers102, pets")  # fmt: skip
+    add("--arch", choices=[*ARCHITECTURES, "resnet50"],
+        help=f"the network; {', '.join(RECIPES)} have recipes of their own (default: vit_micro for "
+        "shapes, vit_mini for other data)")  # fmt: skip
+    add("--centering", choices=("mean", "sinkhorn"), default="mean",
+        help="Eq. 4, or Sinkhorn-Knopp in its place (Table 7)")  # fmt: skip
+    add("--init", help="a checkpoint or a released name whose backbone to start from")
+    add("--seed", type=int, default=0)
+    add("--steps", type=int, default=0,
+        help="stop after this many steps; changes no schedule (0: at the end)")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile the student")
+    add("--recompute", action="store_true",
+        help="compute activations again on the way back: less memory, more time")  # fmt: skip
+    add_amp_flag(parser)
+    add_device_flag(parser)
+    add_flag(parser, "num_workers", type=int, help="processes that load images (default: up to 10 "
+             "on a GPU; on a CPU 1, or 0 where there are only two cores)")  # fmt: skip
+    add_flag(parser, "output_dir", type=Path, help="the run's folder (default: runs/NAME, from "
+             "architecture and data)")  # fmt: skip
+    add("--overwrite", action="store_true", help="start anew in a folder that holds another run")
+    add("--log_every", type=int, default=10, help="steps between lines of the log")
+    add("--saveckp_freq", type=int, default=20,
+        help="epochs between checkpoints that are kept (0: none)")  # fmt: skip
+    add("--knn_every", type=int, default=1,
+        help="epochs between k-NN tests, where there are labels (0: never)")  # fmt: skip
+
+
+def resolve(args):
+    """Fill in what was left open, and check the whole. ValueError: it cannot be trained."""
+    default_arch = "vit_micro" if args.data_path == "shapes" else "vit_mini"
+    args.arch = args.arch or default_arch
+    _, differs = RECIPES.get(args.arch, ("", {}))
+    for name, (value, _) in PAPER.items():
+        if getattr(args, name) is None:
+            setattr(args, name, differs.get(name, value))
+    if args.num_workers is None:
+        args.num_workers = default_workers(args.device)
+    args.output_dir = args.output_dir or default_output(args, args.arch == default_arch)
+
+    check_numbers(args)
+    for name in ("global_crops_scale", "local_crops_scale"):
+        low, high = getattr(args, name)
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"--{name} {low:g} {high:g} must be two shares, the smaller first")
+    if args.out_dim < 2:
+        raise ValueError(f"--out_dim {args.out_dim} must be 2 or more")
+    if args.optimizer not in ("adamw", "sgd"):
+        raise ValueError(f"--optimizer {args.optimizer}: adamw or sgd")
+    if args.epochs and args.warmup_epochs > args.epochs:
+        raise ValueError(f"--warmup_epochs {args.warmup_epochs}: more than --epochs {args.epochs}")
+    for name in ("global_crops_size", "local_crops_size"):
+        size = getattr(args, name)
+        if args.arch != "resnet50" and size % args.patch_size:
+            raise ValueError(f"--patch {args.patch_size} must divide --{name} {size}")
+    return args
+
+
+def check_numbers(args):
+    """ValueError: a number of any command's is not finite, or out of its bounds."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue
+            if not 0 <= number < math.inf or (number == 0 and name in POSITIVE):
+                bound = "positive" if name in POSITIVE else "0 or more"
+                raise ValueError(f"--{name} {number} must be {bound}")
+            if number > AT_MOST.get(name, math.inf):
+                raise ValueError(f"--{name} {number} must not be above {AT_MOST[name]}")
+
+
+def with_length(args, images):
+    """Return the arguments with the number of epochs, which may follow from that of the images."""
+    if args.epochs:
+        return args
+    epochs = max(1, min(MOST_EPOCHS, round(PHOTOS_SEEN / images)))
+    length = {"epochs": epochs}
+    for warmup in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+        length[warmup] = min(getattr(args, warmup), epochs - 1)
+    return argparse.Namespace(**vars(args) | length)
+
+
+def crop_settings(args):
+    """Return what augment.MultiCrop is made with."""
+    sizes = args.global_crops_size, args.local_crops_size, args.local_crops_number
+    return *sizes, args.global_crops_scale, args.local_crops_scale, args.blur_sigma
+
+
+def default_workers(device):
+    """How many processes load images. On two cores they and the model wait for one another: 0."""
+    cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.startswith("cuda"):
+        return max(1, min(10, cores))
+    return 1 if cores > 2 else 0
+
+
+def usable_cores():
+    """How many cores this process may use: a container or taskset may allow few of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def default_output(args, laptop):
+    """runs/NAME from what tells runs apart: architecture, data, batch of several processes."""
+    data = Path(args.data_path).absolute()
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    parts = ["laptop" if laptop else f"{args.arch}_{args.patch_size}"]
+    if not (laptop and args.data_path == "shapes"):
+        parts.append(data.parent.name if data.name == "train" else data.name)
+    if world > 1:
+        parts.append(f"b{args.batch_size_per_gpu * args.accumulate * world}")
+    if args.centering != "mean":
+        parts.append(f"centering_{args.centering}")
+    return Path("runs", "-".join(parts))
+
+
+def summary(args):
+    """The configuration as a few lines, the first of which says which recipe it is."""
+    recipe, _ = RECIPES.get(args.arch, ("the paper's", {}))
+    given = []
+    for name, value in vars(args).items():
+        if value is not None and (value is not False or name in PAPER):
+            given.append(f"{name} {shown(value)}".replace(" ", "\xa0"))  # not to be parted
+    wrapped = textwrap.wrap(", ".join(given), 98, break_long_words=False, break_on_hyphens=False)
+    return "\n  ".join([f"recipe: {recipe} ({args.arch})", *wrapped]).replace("\xa0", " ")
+
+
+def shown(value):
+    """Format a value as it is typed: [0.4, 1.0] -> '0.4 1.0', True -> 'true'."""
+    if value is None:
+        return "as the data asks for"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# ---- what all commands share ----
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def __init__(self, **settings):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **settings)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
+def add_flag(parser, name, **settings):
+    """Add --name, and its short form if it has one."""
+    short = [SHORT[name]] if name in SHORT else []
+    parser.add_argument(f"--{name}", *short, **settings)
+
+
+def true_or_false(text):
+    """Read a boolean as the reference code's commands have it."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text.lower() == "true"
+
+
+def add_device_flag(parser):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="(default: cuda where there is a GPU)")
+
+
+def add_amp_flag(parser):
+    parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
+                        help="mixed precision of the networks (auto: on GPUs)")  # fmt: skip
+
+
+def add_network_flags(parser):
+    add = parser.add_argument
+    add("--network", choices=("teacher", "student"), default="teacher",
+        help="which of a checkpoint's two networks")  # fmt: skip
+    add("--num_heads", type=int, help="a ViT's number of heads, for foreign weights of another "
+        "than the paper's")  # fmt: skip
+
+
+def run_command(main, parse_args):
+    """Run main(parse_args()), and end in one line for what a user can get wrong."""
+    atexit.register(kill_children)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name need not be printable
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = main(parse_args())
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        line = (str(error).splitlines() or [repr(error)])[-1]  # a loader's error ends its traceback
+        status = f"{Path(sys.argv[0]).name}: {line.removeprefix('ValueError: ')}"
+    clear_progress()
+    sys.exit(status)
+
+
+def kill_children():
+    """At the process's end, kill the loader's processes: they ignore a polite request."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
