@@ -84,7 +84,7 @@ def build_optimizer(name, student):
 
 def cosine_schedule(epoch, epochs, start, end, warmup_epochs=0):
     """Rise linearly from 0 to start over the warm-up, then go to end along half a cosine."""
-    if epoch < warmup_epochs:
+    if epoch < warmup_epochs or warmup_epochs == epochs:
         return start * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

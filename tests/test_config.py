@@ -93,6 +93,8 @@ def test_schedules_by_hand():
     assert weight_decay[3] == pytest.approx(0.4 - 0.36 * (1 + math.cos(0.55 * math.pi)) / 2)
     assert momentum[3] == pytest.approx(1 - 0.004 * (1 + math.cos(0.55 * math.pi)) / 2)
     assert tau == pytest.approx([0.04, 0.04 + 0.03 / 6, 0.05, 0.07, 0.07])
+    args.epochs = args.warmup_epochs  # the end of a run that is all warm-up
+    assert train.schedules(args.epochs, args, 512)[0] == pytest.approx(1e-3)
 
 
 def test_a_last_layer_that_is_frozen_to_the_end_is_said(tmp_path, capsys):
