@@ -31,7 +31,7 @@ from util.data import evenly, read_or_next
 from util.distributed import usable_device
 from util.images import frames, is_film, stills, write_gif
 from util.misc import say
-from util.plot import cut_out, draw_curves, draw_panels, overlay, panel, shown, upsample
+from util.plot import cut_out, draw_curves, draw_panels, overlay, shown, upsample
 from util.run import read_log
 from vit import ViT
 
@@ -132,10 +132,10 @@ def draw_emergence(images, kept, path):
     """
     rows, steps = [], sorted(kept)
     for i, image in enumerate(images):
-        row = {"image": panel(image)}
+        image = shown(image)
+        row = {"image": rearrange(image, "c h w -> h w c")}
         for step in steps[:1] + steps[1:][-7:]:
             maps, covered = kept[step][i]
-            image = shown(image)
             heat = upsample(maps.mean(0, keepdim=True), covered, *image.shape[1:])[0]
             row[f"step {step}" if step else "before training"] = overlay(image, heat)
         rows.append(row)
