@@ -42,15 +42,12 @@ def dino_loss(student, p_t, student_temp):
 
     p_t [t, b, k]; H(a, b) = -sum_k a_k log b_k, Eq. 2. Returns a scalar, in nats.
     """
-    total, pairs = 0.0, 0
-    for j, logits in enumerate(student.unbind()):
-        log_p_s = F.log_softmax(logits.float() / student_temp, dim=-1)  # Eq. 1 for the student
-        for i in range(len(p_t)):
-            if i == j:  # the same view of the image: skipped
-                continue
-            total = total - (p_t[i] * log_p_s).sum(-1).mean()  # Eq. 2
-            pairs += 1
-    return total / pairs
+    log_p_s = F.log_softmax(student.float() / student_temp, dim=-1)  # Eq. 1 for the student
+    total = 0.0
+    for i, p in enumerate(p_t.unbind()):
+        h = -(p * log_p_s).sum((1, 2)) / len(p)  # Eq. 2 with each of the student's views, [v]
+        total = total + h.sum() - h[i]  # the same view of the image is skipped
+    return total / (len(p_t) * (len(student) - 1))
 
 
 def batch_center(teacher):
@@ -71,7 +68,7 @@ def entropies(p_t):
     """Return, in nats, P_t's mean entropy and the entropy of its mean over the batch, [2].
 
     Collapse to one output sends both to 0, collapse to the uniform output both to ln K; in either,
-    KL(P_t, P_s) = loss - entropy goes to 0 (Figure 7). The mean is this process's own.
+    KL(P_t, P_s) = Eq. 3 - entropy goes to 0 (Figure 7). The mean is this process's own.
     """
     mean = reduce(p_t, "t b k -> k", "mean")
     return torch.stack([torch.special.entr(p_t).sum(-1).mean(), torch.special.entr(mean).sum()])

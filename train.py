@@ -16,11 +16,11 @@ Every flag, with the paper's value and ours, is in util/config.py. Algorithm 1, 
 """
 
 import copy
-import math
 from contextlib import nullcontext
 from functools import partial
 from random import Random
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import nn
@@ -82,25 +82,35 @@ def build_optimizer(name, student):
     return optimizer
 
 
-def cosine_schedule(epoch, epochs, start, end, warmup_epochs=0):
-    """Rise linearly from 0 to start over the warm-up, then go to end along half a cosine."""
-    if epoch < warmup_epochs or warmup_epochs == epochs:
-        return start * epoch / warmup_epochs
-    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+def cosine_schedule(steps, start, end, warmup=0):
+    """Return a value a step: evenly from 0 to start, both included, then half a cosine to end."""
+    rise = np.linspace(0, start, warmup)
+    progress = np.arange(steps - warmup) / (steps - warmup)
+    return np.concatenate([rise, end + (start - end) * (1 + np.cos(np.pi * progress)) / 2])
 
 
-def schedules(epoch, args, global_batch):
-    """Return (learning rate, weight decay, lambda, tau_t), section 3.2; epoch counts fractions."""
-    peak = args.lr * global_batch / 256
-    lr = cosine_schedule(epoch, args.epochs, peak, args.min_lr, args.warmup_epochs)
-    weight_decay = cosine_schedule(epoch, args.epochs, args.weight_decay, args.weight_decay_end)
-    momentum = cosine_schedule(epoch, args.epochs, args.momentum_teacher, 1.0)
-    teacher_temp = args.teacher_temp
-    if epoch < args.warmup_teacher_temp_epochs:  # linearly
-        rise = (args.teacher_temp - args.warmup_teacher_temp) / args.warmup_teacher_temp_epochs
-        teacher_temp = args.warmup_teacher_temp + rise * epoch
-    return lr, weight_decay, momentum, teacher_temp
+def schedules(args, steps_per_epoch, global_batch):
+    """Return (learning rate, weight decay, lambda, tau_t) of each step, section 3.2."""
+    steps, warmup = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
+    lr = cosine_schedule(steps, args.lr * global_batch / 256, args.min_lr, warmup)
+    weight_decay = cosine_schedule(steps, args.weight_decay, args.weight_decay_end)
+    momentum = cosine_schedule(steps, args.momentum_teacher, 1.0)
+    # tau_t changes once an epoch
+    rise = np.linspace(args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs)
+    teacher_temp = np.repeat([*rise, *[args.teacher_temp] * args.epochs], steps_per_epoch)[:steps]
+    return np.stack([lr, weight_decay, momentum, teacher_temp], axis=1).tolist()
+
+
+def clip_gradients(gradients, clip_grad):
+    """Shorten each parameter's gradient by itself to a norm of clip_grad (0: any norm).
+
+    Return the norm of all gradients together, before. More often it is that norm that is clipped.
+    """
+    norms = torch.stack(torch._foreach_norm(gradients))
+    if clip_grad:
+        factors = (clip_grad / (norms + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(gradients, factors.unbind())
+    return norms.norm()
 
 
 def train(args, device, rank, world):
@@ -128,6 +138,7 @@ def train(args, device, rank, world):
     if world > 1:
         model = DDP(model, [device.index] if device.type == "cuda" else None)
 
+    schedule = schedules(args, sampler.steps_per_epoch, sampler.global_batch)
     loader = view_loader(images, crop, sampler, run, args.num_workers)
     if run.first == 0:
         log_knn(run, 0)
@@ -138,8 +149,7 @@ def train(args, device, rank, world):
         epoch_ends = done % sampler.steps_per_epoch == 0
 
         # schedules
-        epoch = step / sampler.steps_per_epoch
-        lr, weight_decay, momentum, teacher_temp = schedules(epoch, args, sampler.global_batch)
+        lr, weight_decay, momentum, teacher_temp = schedule[step]
         for group in optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
@@ -162,26 +172,28 @@ def train(args, device, rank, world):
                     p_t = sinkhorn(t, teacher_temp)
                 else:
                     p_t = teacher_probabilities(t, center, teacher_temp)
-                loss = dino_loss(s, p_t, args.student_temp)
+                cross_entropy = dino_loss(s, p_t, args.student_temp)
+                loss = cross_entropy  # a variant adds its terms here
                 del s  # backward does not need it, and for a large K it is large
                 scaler.scale(loss / args.accumulate).backward()
             batch_mean += batch_center(t) / args.accumulate
-            metrics += torch.stack([loss.detach(), *entropies(p_t)]) / args.accumulate
+            watched = torch.stack([loss, cross_entropy, *entropies(p_t)])
+            metrics += watched.detach() / args.accumulate
 
         # update the student; its last layer is frozen at first
         scaler.unscale_(optimizer)
-        if epoch < args.freeze_last_layer:
+        gradients = [p.grad for p in student.parameters() if p.grad is not None]
+        grad_norm = clip_gradients(gradients, args.clip_grad)
+        if step < args.freeze_last_layer * sampler.steps_per_epoch:
             for p in student.head.last_layer.parameters():
                 p.grad = None
-        grad_norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip_grad or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
         # theta_t <- lambda theta_t + (1 - lambda) theta_s, lambda = momentum; the centre (Eq. 4)
         with torch.no_grad():
-            for p_teacher, p_student in zip(teacher.parameters(), student.parameters()):
-                p_teacher.lerp_(p_student, 1 - momentum)
+            torch._foreach_lerp_([*teacher.parameters()], [*student.parameters()], 1 - momentum)
         update_center(center, batch_mean, args.center_momentum)
 
         # log, save, test, stop: only here does the CPU wait for the GPU

@@ -13,7 +13,7 @@ t tokens, d width.
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange
 from torch import nn
 from torchvision.ops import stochastic_depth
 
@@ -124,7 +124,7 @@ class ViT(nn.Module):
     def prepare_tokens(self, images):
         """Turn images [b, 3, h, w] into the first block's tokens [b, 1 + n, d]."""
         h, w = (side // self.patch_size for side in images.shape[2:])
-        cls_token = repeat(self.cls_token, "1 1 d -> b 1 d", b=len(images))
+        cls_token = self.cls_token.expand(len(images), 1, -1)
         x = torch.cat([cls_token, self.patch_embed(images)], 1)
         return x + self.interpolate_pos_encoding(h, w)
 

@@ -15,7 +15,6 @@ from random import Random
 
 import torch
 from einops import rearrange
-from matplotlib.figure import Figure
 from torch import nn
 
 from augment import MEAN, STD, MultiCrop, photometry
@@ -27,7 +26,7 @@ from util.checkpoint import load_checkpoint, load_strictly, resnet50, vit_from_s
 from util.data import evenly, load
 from util.images import stills
 from util.misc import say
-from util.plot import draw_curves, draw_panels, panel, save_figure
+from util.plot import draw_curves, draw_panels, new_figure, panel, save_figure
 
 BATCH = 64  # images whose targets are drawn
 OUTPUTS = 32  # of them, the likeliest are drawn
@@ -35,12 +34,11 @@ OUTPUTS = 32  # of them, the likeliest are drawn
 
 def draw_crops(image, crop, rng, path):
     """Draw the views of an image, uint8 [3, h, w]: as they are cut out, then as they are seen."""
-    mean, std = (rearrange(torch.tensor(value), "c -> c 1 1") for value in (MEAN, STD))
     cut, seen = [], []
     for crops, drawn in crop(image, rng):
         cut += list(crops)
         views = photometry(crops[None], drawn[None])[:, 0]
-        seen += [(255 * (view * std + mean)).round().byte() for view in views]
+        seen += [(255 * (view * STD + MEAN)).round().byte() for view in views]
     names = ["global 1", "global 2"] + [f"local {n + 1}" for n in range(len(cut) - 2)]
     rows = []
     for views in (cut, seen):
@@ -56,12 +54,10 @@ def draw_schedules(args, path):
     if not args.epochs:
         raise ValueError("this recipe's length follows from the images: give --epochs")
     train = importlib.import_module("train")  # which itself draws with visualize.py
+    names = ("lr", "weight_decay", "momentum", "teacher_temp")
     lines = []
-    for i in range(1000):
-        epoch = i * args.epochs / 1000
-        values = train.schedules(epoch, args, global_batch=256)
-        names = ("lr", "weight_decay", "momentum", "teacher_temp")
-        lines.append({"epoch": epoch} | dict(zip(names, values)))
+    for step, values in enumerate(train.schedules(args, steps_per_epoch=10, global_batch=256)):
+        lines.append({"epoch": step / 10} | dict(zip(names, values)))
     draw_curves(lines, path, {
         "learning rate for 256 images a step": ({"lr": None}, {}),
         "weight decay": ({"weight_decay": None}, {}),
@@ -100,7 +96,7 @@ def draw_targets(logits, center, student_temp, teacher_temp, path):
     full = teacher_probabilities(logits, center, teacher_temp)[0]
     columns = full.sum(0).topk(min(OUTPUTS, full.shape[1])).indices
     rows = full[:, columns].argmax(1).argsort()
-    figure = Figure(figsize=(11, 2.9), layout="constrained")
+    figure = new_figure(11, 2.9)
     for axis, (title, (c, temperature)) in zip(figure.subplots(1, 4, sharey=True), cases.items()):
         p = teacher_probabilities(logits, c, temperature)
         each, mean = entropies(p).tolist()
@@ -137,7 +133,9 @@ def targets(args, path):
     features, _ = extract_features(backbone, images, Extraction(torch.device("cpu")), some)
     with torch.inference_mode():
         logits = head(features)[None]
-    *_, teacher_temp = importlib.import_module("train").schedules(checkpoint["epoch"], trained, 256)
+    step, epoch = checkpoint["step"], checkpoint["epoch"]
+    schedule = importlib.import_module("train").schedules(trained, round(step / epoch), 256)
+    *_, teacher_temp = schedule[step - 1]
     draw_targets(logits, checkpoint["center"], trained.student_temp, teacher_temp, path)
 
 

@@ -139,7 +139,8 @@ class Crops(Dataset):
         if self.seed is None:
             return n, self.fit(image, self.size)
         rng = Random(f"{self.seed} {epoch} {self.indices[n]}")
-        return n, random_resized_crop(image, self.size, (0.08, 1), rng)
+        crop = random_resized_crop(image.numpy(), self.size, (0.08, 1), rng)[0]
+        return n, crop.flip(-1) if rng.random() < 0.5 else crop
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ def textbook_steps(args, device, batches):
     """Take args.steps plain steps with the rates of our first: (student, teacher, centre)."""
     student, teacher = train.build_networks(args, device, world=1)
     center, m = torch.zeros(args.out_dim, device=device), args.center_momentum
-    lr, decay, momentum, teacher_temp = train.schedules(0, args, args.batch_size_per_gpu)
+    lr, decay, momentum, teacher_temp = train.schedules(args, 1, args.batch_size_per_gpu)[0]
     optimizer = torch.optim.AdamW(student.parameters(), lr, weight_decay=decay, foreach=False)
     for (big, _), (small, _) in islice(batches, args.steps):
         with autocast(device, amp_dtype(args.amp, device)):
@@ -129,7 +129,8 @@ def textbook_steps(args, device, batches):
                 t = teacher(big).float()
             s = student(big, small).float()
         textbook.loss(s, t, center, args.student_temp, teacher_temp).backward()
-        textbook.update(student, teacher, optimizer, args.clip_grad, momentum)
+        networks = list(student.parameters()), list(teacher.parameters())
+        textbook.update(*networks, optimizer, args.clip_grad, momentum)
         optimizer.zero_grad()
         center = m * center + (1 - m) * t.mean((0, 1))
     return student, teacher, center
@@ -166,7 +167,8 @@ def main(args):
 
         args = train.parse_args(f"--device {device} --steps {20 if quick else 300}".split())
         images = Shapes()
-        images.drawn = dict(enumerate(images))  # in training that is over after the first epoch
+        for i in range(0, len(images), images.block):
+            images[i]  # painting them is over after the first epoch
         run = our_steps(args, device, load_splits=lambda _: (images, None))
         rate = run.last * run.global_batch / run.progress.seconds()
         say(f"the laptop's recipe with its input: {rate:.0f} images/s")

@@ -1,55 +1,82 @@
 """The recipes, the command line and the schedules."""
 
-import math
 import os
+from pathlib import Path
 
 import pytest
 
 import evaluate
 import train
 from test_train import run
+from tests import textbook
 from util.config import LAPTOP, PAPER, PHOTOS, RESNET, default_workers, summary, with_length
 
 
-def test_the_papers_recipe(monkeypatch):
+# The reference code's defaults, and the commands that its README publishes.
+REFERENCE = dict(
+    arch="vit_small", patch_size=16, out_dim=65536, norm_last_layer=True, momentum_teacher=0.996,
+    warmup_teacher_temp=0.04, teacher_temp=0.04, warmup_teacher_temp_epochs=0, weight_decay=0.04,
+    weight_decay_end=0.4, clip_grad=3.0, batch_size_per_gpu=64, epochs=100, freeze_last_layer=1,
+    lr=0.0005, warmup_epochs=10, min_lr=1e-6, optimizer="adamw", drop_path_rate=0.1,
+    global_crops_scale=[0.4, 1.0], local_crops_number=8, local_crops_scale=[0.05, 0.4],
+    saveckp_freq=20, seed=0, hidden_dim=2048, bottleneck_dim=256, global_crops_size=224,
+    local_crops_size=96, student_temp=0.1, center_momentum=0.9,
+)  # fmt: skip
+PUBLISHED = [
+    ("--arch vit_small", {}),
+    ("--arch vit_base", dict(arch="vit_base")),
+    (
+        "--arch vit_small --epochs 300 --warmup_teacher_temp 0.04 --teacher_temp 0.07 "
+        "--warmup_teacher_temp_epochs 30 --norm_last_layer false",
+        dict(epochs=300, teacher_temp=0.07, warmup_teacher_temp_epochs=30, norm_last_layer=False),
+    ),
+    (
+        "--arch vit_small --local_crops_number 10 --global_crops_scale 0.25 1 "
+        "--local_crops_scale 0.05 0.25 --use_fp16 true --use_bn_in_head false",
+        dict(local_crops_number=10, global_crops_scale=[0.25, 1.0], local_crops_scale=[0.05, 0.25],
+             amp="fp16"),
+    ),
+    (
+        "--arch resnet50 --optimizer sgd --lr 0.03 --weight_decay 1e-4 --weight_decay_end 1e-4 "
+        "--global_crops_scale 0.14 1 --local_crops_scale 0.05 0.14 --use_fp16 false",
+        dict(arch="resnet50", optimizer="sgd", lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4,
+             global_crops_scale=[0.14, 1.0], local_crops_scale=[0.05, 0.14], amp="off",
+             drop_path_rate=0.0),  # which the reference code gives to its ViTs alone
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, differs", PUBLISHED)
+def test_published_commands_resolve_to_the_reference_codes_values(flags, differs):
+    args = train.parse_args([*flags.split(), "--data_path", "imagenet", "--output_dir", "out"])
+    expected = REFERENCE | dict(accumulate=1, centering="mean", amp="auto") | differs
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert {*PAPER} <= {*expected, "knn_bank", "blur_sigma"}
+    assert (args.data_path, str(args.output_dir)) == ("imagenet", "out")
+
+
+def test_a_published_run_steps(folder, tmp_path):
+    """With sizes of the test's own."""
+    small = "--out_dim 64 --hidden_dim 32 --bottleneck_dim 16 --batch 4 --workers 0 --steps 1 "
+    small += "--global_crops_size 32 --local_crops_size 16 --knn_every 0 --device cpu"
+    for (flags, _), arch in zip(PUBLISHED[2:], ("vit_tiny", "vit_tiny", "resnet50")):
+        paths = ["--data", str(folder), "--output", str(tmp_path / str(len(flags)))]
+        flags = f"{flags} --arch {arch} --amp off {small}"
+        train.main(train.parse_args([*flags.split(), *paths]))
+        assert Path(paths[-1], "last.pth").exists()
+
+
+def test_batch_norm_in_the_head_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args("--use_bn_in_head true".split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--use_bn_in_head: invalid choice: 'true' (choose from" in line
+
+
+def test_names_follow_from_data_and_global_batch(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     args = train.parse_args("--arch vit_small --patch 16".split())
-    expected = dict(
-        arch="vit_small",
-        patch_size=16,
-        global_crops_size=224,
-        local_crops_size=96,
-        local_crops_number=8,
-        global_crops_scale=[0.4, 1.0],
-        local_crops_scale=[0.05, 0.4],
-        out_dim=65536,
-        hidden_dim=2048,
-        bottleneck_dim=256,
-        norm_last_layer=True,
-        student_temp=0.1,
-        teacher_temp=0.04,
-        warmup_teacher_temp=0.04,
-        center_momentum=0.9,
-        momentum_teacher=0.996,
-        epochs=100,
-        warmup_epochs=10,
-        batch_size_per_gpu=64,
-        accumulate=1,
-        lr=5e-4,
-        min_lr=1e-6,
-        weight_decay=0.04,
-        weight_decay_end=0.4,
-        clip_grad=3.0,
-        drop_path_rate=0.1,
-        freeze_last_layer=1,
-    )
-    assert {name: getattr(args, name) for name in expected} == expected
     assert str(args.output_dir) == "runs/vit_small_16-shapes-b512"
-    lr, _, _, teacher_temp = train.schedules(10, args, 8 * 64)
-    assert lr == pytest.approx(5e-4 * 512 / 256) and teacher_temp == 0.04
-    resnet = train.parse_args("--arch resnet50".split())
-    for name, (value, _) in PAPER.items():
-        assert getattr(resnet, name) == RESNET.get(name, value)
 
 
 def test_the_laptops_recipe_is_the_default_and_flags_override_it():
@@ -83,24 +110,47 @@ def test_photographs_have_a_recipe_of_their_own():
     assert with_length(train.parse_args("--data some/photos --epochs 7".split()), 800).epochs == 7
 
 
-def test_schedules_by_hand():
-    args = train.parse_args("--arch vit_small --epochs 100 --teacher_temp 0.07".split())
-    at = [train.schedules(epoch, args, 512) for epoch in (0, 5, 10, 55, 100)]
-    lr, weight_decay, momentum, tau = zip(*at)
-    assert lr == pytest.approx([0, 5e-4, 1e-3, (1e-3 + 1e-6) / 2, 1e-6])
-    ends = weight_decay[0], weight_decay[-1], momentum[0], momentum[-1]
-    assert ends == pytest.approx((0.04, 0.4, 0.996, 1))
-    assert weight_decay[3] == pytest.approx(0.4 - 0.36 * (1 + math.cos(0.55 * math.pi)) / 2)
-    assert momentum[3] == pytest.approx(1 - 0.004 * (1 + math.cos(0.55 * math.pi)) / 2)
-    assert tau == pytest.approx([0.04, 0.04 + 0.03 / 6, 0.05, 0.07, 0.07])
-    args.epochs = args.warmup_epochs  # the end of a run that is all warm-up
-    assert train.schedules(args.epochs, args, 512)[0] == pytest.approx(1e-3)
+@pytest.mark.parametrize("epochs, peak_temp", [(100, 0.04), (300, 0.07)])
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+@pytest.mark.parametrize("temp_warmup", [0, 1, 30])
+def test_schedules_are_the_reference_codes(epochs, peak_temp, warmup, temp_warmup):
+    flags = f"--arch vit_small --epochs {epochs} --warmup_epochs {warmup} "
+    flags += f"--teacher_temp {peak_temp} --warmup_teacher_temp_epochs {temp_warmup}"
+    got = train.schedules(train.parse_args(flags.split()), 7, 512)
+    expected = (
+        textbook.cosine(1e-3, 1e-6, epochs, 7, warmup),
+        textbook.cosine(0.04, 0.4, epochs, 7),
+        textbook.cosine(0.996, 1, epochs, 7),
+        textbook.temperature(0.04, peak_temp, epochs, 7, temp_warmup),
+    )
+    assert len(got) == 7 * epochs
+    for ours, theirs in zip(zip(*got), expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=0, abs=1e-12)
+
+
+def test_schedules_at_their_ends():
+    args = train.parse_args("--arch vit_small --warmup_epochs 1 --epochs 1".split())
+    args.warmup_teacher_temp, args.warmup_teacher_temp_epochs = 0.01, 5  # longer than the run
+    lr, weight_decay, momentum, temp = zip(*train.schedules(args, 3, 256))
+    assert lr == pytest.approx((0, 2.5e-4, 5e-4)) and temp == (0.01,) * 3
+    args.epochs = 2
+    lr, weight_decay, momentum, temp = zip(*train.schedules(args, 3, 256))
+    assert lr[2] == lr[3] == 5e-4 and temp == pytest.approx([0.01] * 3 + [0.0175] * 3)
+    assert (weight_decay[0], momentum[0]) == pytest.approx((0.04, 0.996))
+    assert type(lr[3]) is float  # a checkpoint holds it, and no other number is read
 
 
 def test_a_last_layer_that_is_frozen_to_the_end_is_said(tmp_path, capsys):
     run("--epochs 1 --warmup_epochs 0 --freeze_last_layer 1 --steps 1 --knn_every 0", tmp_path)
     said = "warning: --freeze_last_layer keeps the last layer as it is for the whole run"
-    assert said in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert said in out and "built-in drawings" not in out
+
+
+def test_a_paper_sized_network_on_the_built_in_drawings_is_said(tmp_path, capsys):
+    run("--arch vit_tiny --steps 1 --warmup_epochs 0 --knn_every 0", tmp_path)
+    out = capsys.readouterr().out
+    assert "built-in drawings of 64 pixels; --data path/to/imagenet/train" in out
 
 
 def test_workers_are_as_many_as_the_cores_that_may_be_used(monkeypatch):
@@ -109,14 +159,6 @@ def test_workers_are_as_many_as_the_cores_that_may_be_used(monkeypatch):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(allowed)), raising=False)
         assert (default_workers("cpu"), default_workers("cuda:0")) == (cpu, gpu)
         assert evaluate.parse_args(["knn", "a.pth"]).num_workers == min(2, allowed)
-
-
-def test_teacher_temperature_by_hand():
-    args = train.parse_args("--arch vit_small --teacher_temp 0.07".split())
-    taus = [train.schedules(epoch, args, 512)[3] for epoch in (0, 15, 30, 99)]
-    assert taus == pytest.approx([0.04, 0.055, 0.07, 0.07])
-    args.warmup_teacher_temp_epochs = 0
-    assert train.schedules(0, args, 512)[3] == 0.07
 
 
 def test_the_summary_is_a_few_short_lines_and_names_all_that_is_not_off():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 import evaluate
 from conftest import backbone_of
@@ -109,8 +110,7 @@ def dataset(tmp_path):
         for kind in KINDS:
             (root / kind / "480p" / name).mkdir(parents=True)
         for t in range(5):
-            image, _ = film.draw(t)
-            image.save(root / "JPEGImages" / "480p" / name / f"{t:05}.jpg")
+            to_pil_image(film[t]).save(root / "JPEGImages" / "480p" / name / f"{t:05}.jpg")
             path = root / "Annotations" / "480p" / name / f"{t:05}.png"
             write_mask(path, film.mask(t), voc_palette())
     (root / "ImageSets" / "2017").mkdir(parents=True)

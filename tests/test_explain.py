@@ -44,30 +44,32 @@ def test_the_views_drawn_are_the_crops_and_what_is_seen_of_them(monkeypatch, tmp
     calls = shown_by(monkeypatch, "draw_panels")
     image = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
     crop = MultiCrop(32, 16, 3)
-    explain.draw_crops(image, crop, Random(0), tmp_path / "a.png")
+    explain.draw_crops(image, crop, Random(6), tmp_path / "a.png")
     (above, below), _, _ = calls[0]
     names = ["global 1, 32 px", "global 2, 32 px"] + [f"local {n}, 16 px" for n in (1, 2, 3)]
     assert list(above) == list(below) == ["the image", *names]
-    (globals_, of_globals), (locals_, of_locals) = crop(image, Random(0))
-    parameters = [*of_globals, *of_locals]
+    (globals_, of_globals), (locals_, of_locals) = crop(image, Random(6))
+    parameters, unchanged = [*of_globals, *of_locals], 0
     for name, view, drawn in zip(names, [*globals_, *locals_], parameters, strict=True):
         assert torch.equal(above[name], view.permute(1, 2, 0))
-        changed = drawn[4] >= 0 or drawn[5:].any()
+        changed = drawn[0] or drawn[5] >= 0 or drawn[6:].any()
         assert torch.equal(below[name], above[name]) != bool(changed), name
-    assert any(drawn[4] < 0 and not drawn[5:].any() for drawn in parameters)  # one is as it was
+        unchanged += not changed
+    assert unchanged == 1
 
 
 def test_the_schedules_drawn_are_the_recipes(monkeypatch, tmp_path):
     calls = shown_by(monkeypatch, "draw_curves")
-    flags = ["schedules", "--epochs", "50", "--teacher_temp", "0.07"]
+    flags = "schedules --epochs 50 --teacher_temp 0.07 --warmup_teacher_temp_epochs 30".split()
     args = config.resolve(visualize.parse_args(flags))
     explain.draw_schedules(args, tmp_path / "a.png")
     lines, _, plots = calls[0]
     assert [name for curves, _ in plots.values() for name in curves] == [*lines[0]][1:]
-    assert lines[200]["epoch"] == 10 and lines[200]["lr"] == pytest.approx(5e-4)
+    assert lines[100]["epoch"] == 10 and lines[100]["lr"] == lines[99]["lr"] == 5e-4
     assert lines[0]["lr"] == 0 and lines[-1]["lr"] == pytest.approx(1e-6, rel=0.01)
     assert (lines[0]["momentum"], lines[-1]["momentum"]) == (0.996, pytest.approx(1, abs=1e-7))
-    assert lines[300]["teacher_temp"] == pytest.approx(0.055)
+    temps = [lines[step]["teacher_temp"] for step in (0, 9, 10, 299, 499)]
+    assert temps == pytest.approx([0.04, 0.04, 0.04 + 0.03 / 29, 0.07, 0.07])
     args = config.resolve(visualize.parse_args(["schedules", "--epochs", "10"]))  # the warm-up's
     explain.draw_schedules(args, tmp_path / "a.png")
 

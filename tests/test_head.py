@@ -21,6 +21,16 @@ def test_head_by_hand():
     torch.testing.assert_close(head(x), expected)
 
 
+def test_logits_are_as_precise_in_bf16_as_in_float32():
+    head = DINOHead(64, out_dim=4096, hidden_dim=64, bottleneck_dim=256)
+    features = torch.randn(8, 64).bfloat16()
+    expected = head(features.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(features)
+    assert logits.dtype == torch.float32
+    assert (logits - expected).abs().max() < 1e-3 * (expected.max() - expected.min())
+
+
 def test_the_last_layers_norm_is_one_unless_asked():
     fixed, free = DINOHead(6, 5, 8, 4), DINOHead(6, 5, 8, 4, norm_last_layer=False)
     assert not fixed.last_layer.weight_g.requires_grad and (fixed.last_layer.weight_g == 1).all()

@@ -1,5 +1,6 @@
 """The algorithm as a whole."""
 
+import inspect
 import json
 import math
 import os
@@ -10,11 +11,14 @@ from unittest import mock
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import default_collate
 
 import train
+from augment import MultiCrop, photometry
 from conftest import ROOT, TINY, backbone_of, without_keys
 from head import DINOHead
-from util.data import BatchSampler
+from util import config
+from util.data import BatchSampler, MultiCropDataset
 from util.run import Run
 from util.shapes import Shapes
 
@@ -167,6 +171,32 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(tmp_path, several_bl
     assert not torch.equal(whole["center"], without["center"])  # drop path had its effect
 
 
+def test_a_term_beside_the_loss_is_not_taken_for_kl(tmp_path):
+    """A variant of one line, where train() says that it belongs."""
+    flags = "--steps 2 --knn_every 0"
+    run(flags, tmp_path / "plain")
+    source, place = inspect.getsource(train.train), "loss = cross_entropy  # a variant"
+    assert place in source
+    names = vars(train).copy()
+    exec(source.replace(place, "loss = cross_entropy + 7  # a variant"), names)
+    with mock.patch.object(train, "train", names["train"]):
+        run(flags, tmp_path / "variant")
+    for plain, variant in zip(log(tmp_path / "plain"), log(tmp_path / "variant"), strict=True):
+        assert plain["loss"] == pytest.approx(plain["entropy"] + plain["kl"], abs=1e-5)
+        assert variant["loss"] == pytest.approx(plain["loss"] + 7, abs=1e-5)
+        assert variant["kl"] == pytest.approx(plain["kl"], abs=1e-5)
+
+
+def test_each_gradient_is_clipped_by_itself():
+    long, short = torch.tensor([[3.0, 4.0]]), torch.tensor([0.6, 0.8])
+    norm = train.clip_gradients([long, short], 2)
+    assert norm == pytest.approx(26**0.5)
+    torch.testing.assert_close(long, torch.tensor([[1.2, 1.6]]))
+    assert torch.equal(short, torch.tensor([0.6, 0.8]))
+    assert train.clip_gradients([long, short], 0) == pytest.approx(5**0.5)
+    torch.testing.assert_close(long, torch.tensor([[1.2, 1.6]]))
+
+
 def test_another_configuration_is_refused_by_name(tmp_path):
     run("--steps 1 --knn_every 0", tmp_path)
     with pytest.raises(ValueError, match=r"lr 0.\d+ -> 0.5.*--overwrite"):
@@ -224,37 +254,72 @@ def test_too_many_bad_images_stop_the_run(folder, tmp_path):
         run(f"--data {folder / 'train'} --epochs 2", tmp_path / "out")
 
 
-class Reads(TorchDispatchMode):
-    """Counts what reads a device's value on the host, as .item(), a branch on it or a mask does."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal.default", "unique")
+class Calls(TorchDispatchMode):
+    """Notes the names of torch's operations that are called."""
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.names = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if any(name in str(function) for name in self.NAMES):
-            self.found.append(str(function))
+        self.names.append(str(function))
         return function(*args, **(kwargs or {}))
+
+
+class Reads(Calls):
+    """Of these, what reads a device's value on the host, as .item(), a branch or a mask does."""
+
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal.default", "unique")
+
+    @property
+    def found(self):
+        return [name for name in self.names if any(read in name for read in self.READS)]
+
+
+def steps_on(batch, counted, monkeypatch):
+    """Let train() take steps on one prepared batch: a list of how long counted() is at each."""
+    before = []
+
+    def same_batch(*args):
+        while True:
+            before.append(len(counted()))
+            yield [(views, None) for views in batch]
+
+    monkeypatch.setattr(train, "view_loader", same_batch)
+    monkeypatch.setattr(train, "photometry", lambda crops, drawn: crops)
+    monkeypatch.setattr(train, "watch_attention", lambda run, step: None)
+    return before
+
+
+def test_the_laptops_step_makes_no_more_calls_than_it_did(tmp_path, monkeypatch):
+    """A small network waits for calls, not for arithmetic."""
+    args = train.parse_args(["--device", "cpu"])
+    dataset = MultiCropDataset(Shapes(), MultiCrop(*config.crop_settings(args)))
+    keys = next(BatchSampler(len(dataset.images), args.batch_size_per_gpu).batches(0, 1))
+    with Calls() as painting:
+        for _, index in keys:
+            dataset.images[index]
+    assert len(painting.names) < 5 * len(keys)
+    with Calls() as sampling:
+        batch, _ = default_collate([dataset[key] for key in keys])
+    with Calls() as coloring:
+        views = [photometry(crops, drawn) for crops, drawn in batch]
+    with Calls() as calls:
+        before = steps_on(views, lambda: calls.names, monkeypatch)
+        args.output_dir, args.steps, args.knn_every, args.log_every = tmp_path, 4, 0, 100
+        with mock.patch.object(train, "draw_run"):
+            train.main(args)
+    step = before[3] - before[2]
+    assert len(sampling.names) <= 600 and len(coloring.names) <= 320 and step <= 560
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("flags", ["", "--accumulate 2", "--centering sinkhorn --optimizer sgd"])
 def test_a_step_reads_nothing_back_from_the_device(amp, flags, tmp_path, monkeypatch):
     """But for the first and the last, which are logged; the views are there from the start."""
-    views = torch.randn(4, 2, 3, 16, 16), torch.randn(4, 2, 3, 8, 8)
-    before = []  # how much has been read when a batch is asked for
-
-    def same_batch(*args):
-        while True:
-            before.append(len(reads.found))
-            yield [(x, None) for x in views]
-
-    monkeypatch.setattr(train, "view_loader", same_batch)
-    monkeypatch.setattr(train, "photometry", lambda crops, drawn: crops.transpose(0, 1))
-    monkeypatch.setattr(train, "watch_attention", lambda run, step: None)
+    views = torch.randn(2, 4, 3, 16, 16), torch.randn(2, 4, 3, 8, 8)
     with Reads() as reads:
+        before = steps_on(views, lambda: reads.found, monkeypatch)
         run(f"{flags} --amp {amp} --steps 5 --log_every 100 --knn_every 0", tmp_path)
     lines = log(tmp_path)
     assert [line["step"] for line in lines] == [1, 5] and lines[-1]["grad_norm"] > 0

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 
 import train
@@ -222,13 +221,13 @@ def test_a_film_that_is_cut_short_ends_where_it_is_cut(checkpoint, tmp_path, cap
 
 def axes_of(draw, monkeypatch, path):
     """The axes of what draw() saves, {title: axis}."""
-    figures, real = [], Figure
+    figures, real = [], plot.new_figure
 
     def record(*args, **flags):
         figures.append(real(*args, **flags))
         return figures[-1]
 
-    monkeypatch.setattr(plot, "Figure", record)
+    monkeypatch.setattr(plot, "new_figure", record)
     draw()
     assert Image.open(path).size[0] > 500 and path.stat().st_size < 500_000
     return {axis.get_title(): axis for axis in figures[0].axes}

@@ -96,17 +96,37 @@ def loss(student, teacher, center, student_temp, teacher_temp):
     return sum(pairs) / len(pairs)
 
 
-def update(student, teacher, optimizer, clip, momentum):
-    """Clip the gradient's norm, then update the student and the teacher, both modules."""
-    gradients = [p.grad for p in student.parameters() if p.grad is not None]
-    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    factor = (clip / norm).clamp(max=1)
-    for gradient in gradients:
-        gradient.mul_(factor)
+def update(student, teacher, optimizer, clip, momentum, frozen=()):
+    """Clip each gradient's norm by itself, then update student and teacher, lists of parameters."""
+    for p in student:
+        if p.grad is not None:
+            p.grad.mul_((clip / (p.grad.norm() + 1e-6)).clamp(max=1))
+    for p in frozen:
+        p.grad = None
     optimizer.step()
     with torch.no_grad():
-        for t, s in zip(teacher.parameters(), student.parameters()):
+        for t, s in zip(teacher, student):
             t.mul_(momentum).add_(s, alpha=1 - momentum)
+
+
+def cosine(first, last, epochs, steps_per_epoch, warmup_epochs=0):
+    """The reference code's schedule, a value a step; the warm-up's first is 0, its last first."""
+    warmup, rest = warmup_epochs * steps_per_epoch, (epochs - warmup_epochs) * steps_per_epoch
+    values = [first * i / (warmup - 1) if i else 0.0 for i in range(warmup)]
+    return values + [
+        last + (first - last) * (1 + math.cos(math.pi * i / rest)) / 2 for i in range(rest)
+    ]
+
+
+def temperature(first, last, epochs, steps_per_epoch, warmup_epochs):
+    """tau_t, a value a step, the same throughout an epoch: the warm-up's first epoch has first."""
+    values = []
+    for epoch in range(epochs):
+        value = last
+        if epoch < warmup_epochs:
+            value = first + (last - first) * epoch / (warmup_epochs - 1) if epoch else first
+        values += [value] * steps_per_epoch
+    return values
 
 
 def multi_crop(local_crops=8):

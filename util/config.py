@@ -44,7 +44,7 @@ PAPER = {  # flag: (the paper's value, what it is)
     "student_temp": (0.1, "tau_s"),
     "teacher_temp": (0.04, "tau_t after its warm-up (the 300-epoch runs: 0.07)"),
     "warmup_teacher_temp": (0.04, "tau_t at the start"),
-    "warmup_teacher_temp_epochs": (30, "epochs over which tau_t rises"),
+    "warmup_teacher_temp_epochs": (0, "epochs over which tau_t rises (the 300-epoch runs: 30)"),
     # optimisation
     "optimizer": ("adamw", "adamw or sgd"),
     "lr": (5e-4, "peak learning rate for a global batch of 256; scales with the batch"),
@@ -52,7 +52,7 @@ PAPER = {  # flag: (the paper's value, what it is)
     "warmup_epochs": (10, "epochs over which the learning rate rises"),
     "weight_decay": (0.04, "weight decay at the start"),
     "weight_decay_end": (0.4, "weight decay at the end"),
-    "clip_grad": (3.0, "largest norm of the gradient, 0 for any"),
+    "clip_grad": (3.0, "largest norm of each parameter's gradient, 0 for any"),
     "epochs": (100, "passes over the data"),
     "batch_size_per_gpu": (64, "images a process a step"),
     "accumulate": (1, "batches a step, for a larger global batch on the same memory"),
@@ -63,7 +63,7 @@ LAPTOP = dict(
     patch_size=4, drop_path_rate=0.0, global_crops_size=32, local_crops_size=16,
     local_crops_scale=[0.1, 0.4], local_crops_number=4, out_dim=256, hidden_dim=256,
     bottleneck_dim=64, freeze_last_layer=0, momentum_teacher=0.99, teacher_temp=0.02,
-    warmup_teacher_temp=0.02, warmup_teacher_temp_epochs=0, lr=1.6e-2, min_lr=1e-5,
+    warmup_teacher_temp=0.02, lr=1.6e-2, min_lr=1e-5,
     warmup_epochs=1, weight_decay_end=0.04, epochs=12, batch_size_per_gpu=32, knn_bank=2_000,
 )  # fmt: skip
 PHOTOS = LAPTOP | dict(
@@ -137,6 +137,11 @@ def add_training_flags(parser):
     add("--recompute", action="store_true",
         help="compute activations again on the way back: less memory, more time")  # fmt: skip
     add_amp_flag(parser)
+    add("--use_fp16", dest="amp", default=argparse.SUPPRESS, metavar="true|false",
+        type=lambda text: "fp16" if true_or_false(text) else "off",
+        help="the reference code's form of --amp fp16 or off")  # fmt: skip
+    add("--use_bn_in_head", choices=["false"], default=argparse.SUPPRESS,
+        help="batch norm in the head is not built here: the paper's ViT runs have none")  # fmt: skip
     add_device_flag(parser)
     add_flag(parser, "num_workers", type=int, help="processes that load images (default: up to 10 "
              "on a GPU; on a CPU 1, or 0 where there are only two cores)")  # fmt: skip

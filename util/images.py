@@ -13,8 +13,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
+from einops import rearrange
 from PIL import Image, ImageOps, ImageSequence, PngImagePlugin
-from torchvision.transforms.functional import pil_to_tensor
 
 from util.misc import atomic_write, first_line, say, track
 
@@ -58,7 +59,8 @@ def to_tensor(image):
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return pil_to_tensor(image.convert("RGB"))
+    pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    return rearrange(pixels, "h w c -> c h w")  # left as Pillow has it, which is faster to crop
 
 
 def image_paths(root):

@@ -1,16 +1,14 @@
 """What pictures are made of: panels, pixels with something laid over them, and figures of these.
 
 Images are uint8 [3, h, w], maps [c, rows, columns] of patches, masks [h, w], panels
-uint8 [h, w, 3].
+uint8 [h, w, 3]. matplotlib is imported where it draws: that takes half a second.
 """
 
 import math
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from matplotlib.figure import Figure
 from torchvision.utils import draw_segmentation_masks
 
 from augment import resize
@@ -18,7 +16,6 @@ from util.misc import atomic_write
 
 OUTLINE = torch.tensor([86, 180, 233], dtype=torch.uint8)
 BLUE, ORANGE = "#0072b2", "#d55e00"  # the color-blind tell them apart
-COLORS = torch.tensor(matplotlib.colormaps["inferno"](range(256)))[:, :3].float() * 255
 
 
 # ---- panels ----
@@ -50,8 +47,11 @@ def upsample(maps, covered, height, width, smooth=False):
 
 def overlay(image, heat):
     """Lay a map [h, w] in colors, from 0 to its largest value, over the gray image [3, h, w]."""
+    from matplotlib import colormaps
+
     gray = image.float().mean(0)[..., None]
-    colors = COLORS[(255 * heat / heat.max().clamp_min(1e-12)).long()]
+    levels = (255 * heat / heat.max().clamp_min(1e-12)).long()
+    colors = torch.from_numpy(colormaps["inferno"](levels.numpy())[..., :3]).float() * 255
     return (0.3 * gray + 0.7 * colors).byte()
 
 
@@ -78,6 +78,13 @@ def tint(image, mask, palette):
 # ---- figures ----
 
 
+def new_figure(width, height):
+    """Return an empty matplotlib Figure; width and height are in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def save_figure(figure, path, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100, **options))
@@ -93,7 +100,7 @@ def draw_panels(rows, path, note):
         h, w, _ = next(iter(row.values())).shape
         ratios += [min(4, max(0.2, h / w))] * lines
     height = sum(1.45 * ratio + 0.25 for ratio in ratios) + 0.4
-    figure = Figure(figsize=(1.45 * columns, height), layout="constrained")
+    figure = new_figure(1.45 * columns, height)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.04, wspace=0, hspace=0)
     axes = figure.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios)
     for axis in axes.flat:
@@ -113,7 +120,7 @@ def draw_curves(lines, path, plots, columns=4):
     plots: {title: ({name in the log: label}, {label of a level: its value})}.
     """
     rows = math.ceil(len(plots) / columns)
-    figure = Figure(figsize=(2.75 * columns, 2.3 * rows), layout="constrained")
+    figure = new_figure(2.75 * columns, 2.3 * rows)
     for axis, (title, (curves, levels)) in zip(figure.subplots(rows, columns).flat, plots.items()):
         for (name, label), color in zip(curves.items(), (BLUE, ORANGE)):
             known = [line for line in lines if name in line]

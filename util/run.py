@@ -26,7 +26,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-FORMAT = 5  # of last.pth
+FORMAT = 6  # of last.pth
 FREE = set(  # the arguments that resuming may change, if precision and global batch stay
     "data_path device amp batch_size_per_gpu accumulate steps compile recompute num_workers "
     "output_dir overwrite log_every saveckp_freq knn_every knn_bank".split()
@@ -98,6 +98,9 @@ class Run:
             f"learning rate {args.lr:g} x {self.global_batch} / 256 = {peak:g}, "
             f"{self.center.device}, {self.dtype or 'float32'}"
         )
+        if args.data_path == "shapes" and args.arch != "vit_micro":
+            say("note: these are built-in drawings of 64 pixels; --data path/to/imagenet/train "
+                "trains on ImageNet")  # fmt: skip
         if args.freeze_last_layer >= args.epochs:
             say("warning: --freeze_last_layer keeps the last layer as it is for the whole run")
         if self.first:
@@ -144,7 +147,7 @@ class Run:
     def log_step(self, step, metrics, **schedules):
         """Check and log a step, watch for collapse, and show how far the run is.
 
-        metrics: [loss, and what entropies() gives]. Raises what check() does.
+        metrics: [loss, Eq. 3 alone, and what entropies() gives]. Raises what check() does.
         """
         epoch, done = step / self.steps_per_epoch, step - self.first
         values = self.check(step, metrics)
@@ -203,7 +206,8 @@ class Run:
         some, and each halves the scale), or too many images cannot be read.
         """
         self.check_images()
-        loss, entropy, mean_entropy = (all_reduce_sum(metrics) / self.world).tolist()
+        mean = all_reduce_sum(metrics) / self.world
+        loss, cross_entropy, entropy, mean_entropy = mean.tolist()
         norms = torch.stack(self.grad_norms).tolist()
         skipped = [norm for norm in norms if not math.isfinite(norm)]
         if not math.isfinite(loss) or self.state["scaler"].get_scale() < 1:
@@ -217,9 +221,9 @@ class Run:
                 "before; --init a run from it in another --output, with a lower --lr, a smaller "
                 "--clip_grad, a higher --teacher_temp, or --amp off"
             )
-        kl = loss - entropy
-        watched = dict(loss=loss, entropy=entropy, mean_entropy=mean_entropy, kl=kl)
-        return watched | dict(grad_norm=norms[-1], skipped=len(skipped))
+        watched = dict(loss=loss, entropy=entropy, mean_entropy=mean_entropy)
+        kl = cross_entropy - entropy
+        return watched | dict(kl=kl, grad_norm=norms[-1], skipped=len(skipped))
 
     def check_images(self):
         """Name the images that any process found bad since the last time.

@@ -9,19 +9,19 @@ that only many together show it. They are drawn so that one transformer block ca
 minutes; docs/laptop.md says what mattered.
 """
 
-import colorsys
-import math
 from pathlib import Path
-from random import Random
 
+import numpy as np
+import torch
+from einops import rearrange
 from PIL import Image, ImageDraw
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import to_pil_image
 
 from util.config import Parser, run_command
 
-
 LENGTHS = {"train": 10_000, "val": 1_000}
 RIM_HUES = 5
+CELLS = 16  # along a side of an image
 
 
 class Shapes:
@@ -32,123 +32,117 @@ class Shapes:
 
     classes = [f"core {36 * step} degrees from rim" for step in range(10)]
     note = None  # as in data.Folder
+    block = 100  # so many images are painted at once
 
     def __init__(self, split="train", length=None, size=64, seed=0):
         self.split, self.size, self.seed = split, size, seed
         self.length = length or LENGTHS[split]
         self.labels = [i % len(self.classes) for i in range(self.length)]
-        self.drawn = {}  # an image is drawn once in each process
+        self.painted = {}  # each block is painted once in each process
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, i):
-        if i not in self.drawn:
-            self.drawn[i] = pil_to_tensor(self.draw(i)[0])
-        return self.drawn[i]
+        return self.block_of(i)[0][i % self.block]
 
     def name(self, i):
         return f"{self.classes[self.labels[i]]}, {i}"
 
     def mask(self, i):
         """Return uint8 [h, w]: 0 for the background, 1 for the object."""
-        return pil_to_tensor(self.draw(i)[1])[0]
+        return self.block_of(i)[1][i % self.block]
 
-    def draw(self, i):
-        """Return an image and its mask, both PIL images; the mask is 1 on the object."""
-        rng = Random(f"shapes {self.seed} {self.split} {i}")
-        image = self.cells("L", [rng.getrandbits(1) for _ in range(256)])
-        outline = self.outline(rng)
-        rim = rng.randrange(RIM_HUES) / RIM_HUES  # hues, in turns
-        core = rim + self.labels[i] / len(self.classes)
-        core_size = rng.uniform(0.5, 0.7)
+    def block_of(self, i):
+        """Return (images, masks) of the block with image i."""
+        number = i // self.block
+        if number not in self.painted:
+            rng = np.random.default_rng([*f"{self.seed} {self.split} {number}".encode()])
+            self.painted[number] = self.paint(rng, self.objects(rng))
+        return self.painted[number]
 
-        body = self.fill(outline, 1)
-        image.paste(self.mottled(rng, rim), mask=body)
-        image.paste(self.mottled(rng, core), mask=self.fill(outline, core_size))
-        return image, body.point(lambda value: int(value > 127))
+    def objects(self, rng):
+        """Draw an object for each image of a block: one row of what paint() takes."""
+        points = self.outlines(rng, self.block)
+        largest = abs(points).max(1) + 1
+        x, y = rng.uniform(largest, self.size - largest, (2, self.block))
+        rim = rng.integers(RIM_HUES, size=self.block) / RIM_HUES
+        core = rim + np.arange(self.block) % len(self.classes) / len(self.classes)
+        return [(x + 1j * y, points, rim, core, rng.uniform(0.5, 0.7, self.block))]
 
-    def outline(self, rng):
-        """Draw a wavy circle of 15 to 25 % of the image: (centre, [(angle, radius), ...])."""
-        size = self.size
-        radius = size * math.sqrt(rng.uniform(0.15, 0.25) / math.pi)
-        waves = []
+    def outlines(self, rng, n):
+        """Draw n wavy circles about 0, each of 15 to 25 % of an image: [n, 48] points x + iy."""
+        angle = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+        wave = 1
         for k in (2, 3, 4):
-            waves.append((k, rng.uniform(0, 0.2 / k), rng.uniform(0, 2 * math.pi)))
-        points = []
-        for j in range(48):
-            angle = 2 * math.pi * j / 48
-            wave = sum(height * math.cos(k * angle + phase) for k, height, phase in waves)
-            points.append((angle, radius * (1 + wave)))
-        largest = max(r for _, r in points)
-        x = rng.uniform(largest, size - largest)
-        y = rng.uniform(largest, size - largest)
-        return (x, y), points
+            height, phase = rng.uniform(0, 0.2 / k, (n, 1)), rng.uniform(0, 2 * np.pi, (n, 1))
+            wave = wave + height * np.cos(k * angle + phase)
+        radius = self.size * np.sqrt(rng.uniform(0.15, 0.25, (n, 1)) / np.pi)
+        return radius * wave * np.exp(1j * angle)
 
-    def fill(self, outline, scale):
-        """Fill an outline, scaled about its centre: a gray PIL image, 255 inside, antialiased."""
-        (x, y), points = outline
-        twice = []  # drawn twice as large, then reduced
-        for angle, r in points:
-            right, down = scale * r * math.cos(angle), scale * r * math.sin(angle)
-            twice.append((2 * (x + right), 2 * (y + down)))
-        body = Image.new("L", (2 * self.size, 2 * self.size))
-        ImageDraw.Draw(body).polygon(twice, fill=255)
-        return body.reduce(2)
+    def paint(self, rng, objects):
+        """Paint a block: uint8 images [block, 3, h, w], and masks [block, h, w] of object numbers.
+
+        objects: [(centers, outlines, hues of the rim and of the core in turns, sizes of the core)],
+        arrays [block] but for the outlines. A block is one PIL image, a strip of them all.
+        """
+        strip = self.cells("L", rng.integers(2, size=(self.block, CELLS**2)))
+        masks = Image.new("L", strip.size)
+        for number, (centers, points, rim, core, core_size) in enumerate(objects, 1):
+            body = self.fill(centers, points)
+            inner = self.fill(centers, core_size[:, None] * points)
+            strip.paste(self.mottled(rng, rim), mask=body)
+            strip.paste(self.mottled(rng, core), mask=inner)
+            masks.paste(number, mask=body.convert("1", dither=Image.Dither.NONE))
+        images = rearrange(np.array(strip), "(n h) w c -> n c h w", n=self.block)
+        masks = rearrange(np.array(masks), "(n h) w -> n h w", n=self.block)
+        return torch.from_numpy(images), torch.from_numpy(masks)
+
+    def fill(self, centers, points):
+        """Fill an outline in each image of a strip: gray, 255 inside, antialiased."""
+        tops = self.size * np.arange(self.block)
+        strip = Image.new("L", (2 * self.size, 2 * self.size * self.block))  # then reduced
+        for outline in 2 * ((centers + 1j * tops)[:, None] + points):
+            ImageDraw.Draw(strip).polygon(outline.view(float).tolist(), fill=255)
+        return strip.reduce(2)
 
     def mottled(self, rng, hue):
-        """Cells of colors about a hue."""
-        values = []
-        for _ in range(256):
-            strayed = (hue + rng.uniform(-0.08, 0.08)) % 1
-            values += colorsys.hsv_to_rgb(strayed, rng.uniform(0.4, 1), rng.uniform(0.4, 1))
-        return self.cells("RGB", values)
+        """Fill each image of a strip with cells of colors about a hue."""
+        hsv = (-0.08, 0.4, 0.4) + (0.16, 0.6, 0.6) * rng.random((self.block, CELLS**2, 3))
+        hsv[..., 0] = (hsv[..., 0] + hue[:, None]) % 1
+        return self.cells("HSV", hsv)
 
     def cells(self, mode, values):
-        """Turn values in [0, 1] into a PIL image of 16 x 16 cells of one color each."""
-        cells = Image.frombytes(mode, (16, 16), bytes(round(255 * value) for value in values))
-        return cells.convert("RGB").resize((self.size, self.size), Image.NEAREST)
+        """Make a strip of images, in cells of one color each, from values in [0, 1]."""
+        cells = (255 * values).round().astype(np.uint8).tobytes()
+        cells = Image.frombytes(mode, (CELLS, CELLS * self.block), cells).convert("RGB")
+        return cells.resize((self.size, self.size * self.block), Image.NEAREST)
 
 
 class ShapesFilm(Shapes):
-    """A film of one or two such objects that move on noise; frame t follows from (seed, film, t).
+    """A film of one or two such objects that move on noise. It is a sequence as in davis.Sequence.
 
     Each object keeps its outline and its two hues. The noise and the cells are new in each frame,
-    so that only the hues tell where an object went. It is a sequence as in davis.Sequence.
+    so that only the hues tell where an object went.
     """
 
     def __init__(self, film, length=24, size=64, seed=0):
-        super().__init__("film", length, size, seed)
-        self.title, self.film = f"film {film + 1}", film
-        rng = Random(f"film {seed} {film}")
-        rims = rng.sample(range(RIM_HUES), 1 + film % 2)
-        self.objects = [self.moving_object(rng, rim / RIM_HUES) for rim in rims]
-        self.numbers = list(range(1, 1 + len(self.objects)))
+        super().__init__(f"film {film}", length, size, seed)
+        self.title, self.block = f"film {film + 1}", length
+        self.numbers = list(range(1, 2 + film % 2))
 
-    def moving_object(self, rng, rim):
-        """Choose an object: (points of its outline, hues of rim and core, its paths in x and y)."""
-        _, points = self.outline(rng)
-        points = [(angle, 0.75 * r) for angle, r in points]
-        core = rim + rng.randrange(len(self.classes)) / len(self.classes)
-        paths = [(rng.uniform(0, 2 * math.pi), rng.uniform(0.1, 0.25)) for _ in "xy"]
-        return points, rim, core, paths
-
-    def draw(self, t):
-        """Return frame t and its mask, both PIL images; the mask numbers the objects from 1."""
-        rng = Random(f"film {self.seed} {self.film} {t}")
-        image = self.cells("L", [rng.getrandbits(1) for _ in range(256)])
-        mask = Image.new("L", image.size)
-        for i, (points, rim, core, paths) in enumerate(self.objects):
-            largest = max(r for _, r in points)
-            center = []
-            for start, speed in paths:  # it swings from edge to edge
-                swing = (1 + math.sin(start + speed * t)) / 2
-                center.append(largest + (self.size - 2 * largest) * swing)
-            body = self.fill((center, points), 1)
-            image.paste(self.mottled(rng, rim), mask=body)
-            image.paste(self.mottled(rng, core), mask=self.fill((center, points), 0.6))
-            mask.paste(i + 1, mask=body.point(lambda value: 255 * (value > 127)))
-        return image, mask
+    def objects(self, rng):
+        """Draw the film's objects, each of which swings from edge to edge."""
+        drawn, each = [], np.ones(self.block)
+        for rim in rng.permutation(RIM_HUES)[: len(self.numbers)] / RIM_HUES:
+            points = 0.75 * self.outlines(rng, 1)
+            largest = abs(points).max() + 1
+            start, speed = rng.uniform(0, 2 * np.pi, (2, 1)), rng.uniform(0.1, 0.25, (2, 1))
+            swing = (1 + np.sin(start + speed * np.arange(self.block))) / 2
+            x, y = largest + (self.size - 2 * largest) * swing
+            core = rim + rng.integers(len(self.classes)) / len(self.classes)
+            drawn.append((x + 1j * y, points, rim * each, core * each, 0.6 * each))
+        return drawn
 
 
 def parse_args(argv=None):
@@ -163,7 +157,7 @@ def main(args):
     for i in range(len(shapes)):
         place = folder / shapes.classes[shapes.labels[i]]
         place.mkdir(parents=True, exist_ok=True)
-        shapes.draw(i)[0].save(place / f"{i}.png")
+        to_pil_image(shapes[i]).save(place / f"{i}.png")
     print(f"{len(shapes)} images of {len(shapes.classes)} classes -> {folder}")
 
 
