@@ -130,14 +130,14 @@ def photometry(crops, drawn):
     return rearrange(torch.cat(parts), "(v b) c h w -> v b c h w", v=v)
 
 
-def change_colors(crops, flip, brightness, contrast, saturation, hue, order, gray, sigma, solarized):
+def change_colors(crops, flip, brightness, contrast, saturation, hue, order, gray, sigma, invert):
     """uint8 [b, 3, h, w], and what was drawn [b] -> float32 [b, 3, h, w], normalised."""
     x = crops / 255
     change(x, flip > 0, lambda x: x.flip(-1))
     color_jitter(x, brightness, contrast, saturation, hue, order)
     change(x, gray > 0, grayscale)
     change(x, sigma > 0, gaussian_blur, sigma)
-    change(x, solarized > 0, solarize)
+    change(x, invert > 0, solarize)
     return normalize(x)
 
 

@@ -285,16 +285,17 @@ def add_flags(parser, command):
     add_extraction_flags(parser)
     add_untrained_flag(parser, "yes, in linear only if --cached")
     if command == "knn":
-        add("--nb_knn", "--k", type=int, nargs="+", default=[10, 20, 100, 200],
+        add("--nb_knn", "--k", type=config.count, nargs="+", default=[10, 20, 100, 200],
             help="neighbours (the paper's: 10 20 100 200, 20 is best)")  # fmt: skip
         add("--pixels", action="store_true", help="k-NN on the pixels themselves beside it")
     else:
         add("--cached", action="store_true", help="train on features extracted once, in seconds; "
             "not the paper's protocol")  # fmt: skip
-        add("--epochs", type=int, default=100, help="passes over the data (the paper's: 100)")
-        add("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3],
+        add("--epochs", type=config.count, default=100, help="passes over the data")
+        rates = [3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3]
+        add("--lr", type=config.positive, nargs="+", default=rates,
             help="learning rates for a batch of 256")  # fmt: skip
-        add("--seed", type=int, default=0, help="of the crops and their order")
+        add("--seed", type=config.natural, default=0, help="of the crops and their order")
         add_token_flags(parser)
 
 
@@ -324,9 +325,7 @@ def parse_args(argv=None):
         config.add_network_flags(command)
         config.add_device_flag(command)
         module_of(name).add_flags(command, name)
-    args = parser.parse_args(argv)
-    config.check_numbers(args)
-    return args
+    return parser.parse_args(argv)
 
 
 def main(args):

@@ -31,7 +31,7 @@ from evaluate import log_knn
 from head import DINOHead
 from loss import batch_center, dino_loss, entropies, sinkhorn, teacher_probabilities, update_center
 from util import config
-from util.checkpoint import build_backbone, recompute_activations, start_from
+from util.checkpoint import recompute_activations, start_from
 from util.data import BatchSampler, load_splits, view_loader
 from util.distributed import amp_dtype, autocast, grad_scaler, processes, rank0_first
 from util.run import Run
@@ -55,7 +55,7 @@ class Network(nn.Module):
 def build_networks(args, device, world):
     """Return student and teacher, alike at the start; no gradient reaches the teacher."""
     torch.manual_seed(args.seed)
-    backbone = rank0_first(lambda: start_from(args) if args.init else build_backbone(args))
+    backbone = rank0_first(lambda: start_from(args))
     sizes = args.out_dim, args.hidden_dim, args.bottleneck_dim
     head = DINOHead(backbone.embed_dim, *sizes, args.norm_last_layer)
     student = Network(backbone, head).to(device)

@@ -217,9 +217,7 @@ def parse_args(argv=None):
     else:
         parser = config.Parser(description=__doc__)
         add_flags(parser)
-    args = parser.parse_args(argv)
-    config.check_numbers(args)
-    return args
+    return parser.parse_args(argv)
 
 
 def add_flags(parser):
@@ -227,13 +225,13 @@ def add_flags(parser):
     add("checkpoint", help=f"a checkpoint, one of {', '.join(RELEASED)}, or a run's folder")
     add("images", nargs="*", type=Path, help="images, folders of images, animated GIFs or WebPs")
     config.add_network_flags(parser)
-    add("--size", type=int, nargs="+", default=[None], help="short side in pixels, or several "
-        "(default: 480/224 of the training size, 480 for the paper's)")  # fmt: skip
-    add("--mass", type=float, default=0.6,
+    add("--size", type=config.count, nargs="+", default=[None], help="short side in pixels, or "
+        "several (default: 480/224 of the training size, 480 for the paper's)")  # fmt: skip
+    add("--mass", type=config.positive_share, default=0.6,
         help="share of the attention inside the outlines (the paper's: 0.6)")  # fmt: skip
     add("--smooth", action="store_true",
         help="interpolate between patches (default: a block for each)")  # fmt: skip
-    add("--fps", type=float, help="take a folder as the frames of a film, so many a second")
+    add("--fps", type=config.positive, help="take a folder as a film, so many frames a second")
     config.add_device_flag(parser)
     config.add_flag(parser, "output_dir", type=Path, default=Path(), help="folder for the pictures "
                     "(default: the current one)")  # fmt: skip

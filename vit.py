@@ -53,9 +53,9 @@ class Attention(nn.Module):
 
     def split(self, x, queries):
         """Return q [b, heads, queries, d / heads], and k and v [b, heads, t, d / heads]."""
-        by_head = "b t (three heads d) -> three b heads t d"
-        q, k, v = rearrange(self.qkv(x), by_head, three=3, heads=self.num_heads)
-        return q[:, :, :queries], k, v
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        by_head = "b t (heads d) -> b heads t d"
+        return [rearrange(z, by_head, heads=self.num_heads) for z in (q[:, :queries], k, v)]
 
     def forward(self, x, queries=None):
         q, k, v = self.split(x, queries)

@@ -22,6 +22,7 @@ from evaluation.features import (
     square,
 )
 from evaluation.ranking import mean_average_precision
+from util.config import count
 from util.data import Files, Folder
 from util.distributed import rank0_first
 from util.misc import say
@@ -100,7 +101,7 @@ def add_flags(parser, command):
     add_extraction_flags(parser)
     add_untrained_flag(parser, "no")
     add = parser.add_argument
-    add("--size", type=int, help="side in pixels (default: the training size; the paper's: 224, "
+    add("--size", type=count, help="side in pixels (default: the training size; the paper's: 224, "
         "or 320 for ViT-B/8)")  # fmt: skip
     add("--distractors", type=Path, help="a folder of images that are no originals")
     add("--whitening", type=Path, help="a folder of other images to learn a whitening from")

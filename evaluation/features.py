@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from augment import normalize, random_resized_crop, resize
 from util.checkpoint import RELEASED, describe, load_backbone, load_checkpoint, untrained
-from util.config import add_amp_flag, add_flag, true_or_false, usable_cores
+from util.config import add_amp_flag, add_flag, count, natural, true_or_false, usable_cores
 from util.data import Files, reduced, unreadable
 from util.distributed import all_reduce_max, all_reduce_sum, amp_dtype, autocast, rank0_first
 from util.misc import Progress, atomic_write, is_main_process, say
@@ -429,8 +429,8 @@ def add_extraction_flags(parser):
     add("--cache", action="store_true", help="keep the features of image files in the output "
         "folder, and read those that are there")  # fmt: skip
     add_amp_flag(parser)
-    add_flag(parser, "batch_size_per_gpu", type=int, default=256, help="images a process at a time")
-    add_flag(parser, "num_workers", type=int, default=min(2, usable_cores()),
+    add_flag(parser, "batch_size_per_gpu", type=count, default=256, help="images at a time")
+    add_flag(parser, "num_workers", type=natural, default=min(2, usable_cores()),
              help="processes that read images")  # fmt: skip
 
 
@@ -441,7 +441,7 @@ def add_untrained_flag(parser, text="yes"):
 
 def add_token_flags(parser):
     add = parser.add_argument
-    add("--n_last_blocks", type=int, help="how many blocks' class tokens (default: 4; from width "
+    add("--n_last_blocks", type=count, help="how many blocks' class tokens (default: 4; from width "
         "768 on, or of fewer than four blocks, 1)")  # fmt: skip
     add("--avgpool_patchtokens", type=true_or_false, metavar="true|false", help="the mean patch "
         "token too (default: from width 768 on, or of fewer than four blocks)")  # fmt: skip

@@ -24,6 +24,7 @@ from evaluation.features import (
     labelled_features,
     probe_tokens,
 )
+from util.config import count, positive, positive_share
 from util.data import load_labelled
 from util.distributed import rank0_first
 from util.misc import say
@@ -107,10 +108,10 @@ def add_flags(parser, command):
     add_untrained_flag(parser)
     add_token_flags(parser)
     add = parser.add_argument
-    add("--fraction", type=float, nargs="+", default=[0.01, 0.1],
+    add("--fraction", type=positive_share, nargs="+", default=[0.01, 0.1],
         help="shares of each class's labels (the paper's: 0.01 0.1)")  # fmt: skip
-    add("--draws", type=int, default=5, help="how often the images are drawn")
-    add("--penalty", type=float, default=1.0, help="L2 penalty, for the sum over the images")
+    add("--draws", type=count, default=5, help="how often the images are drawn")
+    add("--penalty", type=positive, default=1.0, help="L2 penalty, for the sum over the images")
 
 
 def evaluate(args, subject):

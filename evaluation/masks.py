@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import einsum, repeat
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from augment import normalize, resize
@@ -32,6 +32,7 @@ from evaluation.features import (
     usual_size,
 )
 from util.checkpoint import require_vit
+from util.config import count, positive_share
 from util.data import Folder, load
 from util.distributed import all_reduce_sum, rank0_first
 from util.misc import atomic_write, first_line, say, track
@@ -49,6 +50,9 @@ def read_mask(path):
         with Image.open(path) as image:
             palette = image.getpalette()
             is_jpeg = image.format == "JPEG"
+            if palette is None and image.has_transparency_data:
+                if image.getchannel("A").getextrema()[0] < 255:
+                    raise ValueError("it is transparent in part, and may show its objects so")
             if image.mode in ("1", "LA"):
                 image = image.convert("L")
             pixels = pil_to_tensor(image)
@@ -116,7 +120,15 @@ class MaskedFolder(Folder):
             raise ValueError(f"no image below {str(root)!r} has a mask in {str(masks)!r}")
 
     def mask(self, i):
-        return read_mask(self.masks_root / self.masks[Path(self.paths[i]).with_suffix("")])[0]
+        """Return the mask of an image, turned like it if it is one of the image as it was."""
+        mask, _ = read_mask(self.masks_root / self.masks[Path(self.paths[i]).with_suffix("")])
+        with Image.open(self.name(i)) as image:
+            turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+            if turn < 5 or mask.shape != image.size[::-1]:
+                return mask
+        picture = to_pil_image(mask)
+        picture.getexif()[ExifTags.Base.Orientation] = turn
+        return pil_to_tensor(ImageOps.exif_transpose(picture))[0]
 
 
 def load_with_masks(data, masks=None):
@@ -151,6 +163,10 @@ def jaccard(masks, objects, void):
     return intersection / union
 
 
+class OtherShape(ValueError):
+    """A mask is not of its image."""
+
+
 def fit_to_patches(image, short, patch_size):
     """Resize uint8 [c, h, w] to a short side near short, and crop each side to whole patches.
 
@@ -164,13 +180,17 @@ def fit_to_patches(image, short, patch_size):
 def read_objects(images, i, short, patch_size):
     """Return (image, objects, void), uint8 [3, h, w] and bool [o, h, w] and [h, w], all fit.
 
-    None: it shows no object. Whatever a decoder may raise: the image or its mask cannot be read.
+    None: it shows no object. OtherShape: that of the mask, but for its scale. Whatever a decoder
+    may raise: the image or its mask cannot be read.
     """
     image, mask = images[i], images.mask(i)
     if mask is None:
         return None
-    if mask.shape != image.shape[1:]:
-        mask = resize_mask(mask, *image.shape[1:])
+    (h, w), (mask_h, mask_w) = image.shape[1:], mask.shape
+    if abs(mask_w - w * mask_h / h) > 1 and abs(mask_h - h * mask_w / w) > 1:
+        sizes = f"is of {w} x {h} pixels, its mask of {mask_w} x {mask_h}"
+        raise OtherShape(f"{images.name(i)!r} {sizes}")
+    mask = resize_mask(mask, h, w)
     image = fit_to_patches(image, short, patch_size)
     numbers = numbers_in(mask)
     masks = torch.stack([mask == number for number in (VOID, *numbers)])
@@ -199,6 +219,8 @@ def attention_masks(networks, images, device, short, mass=0.6, rank=0, world=1):
     for i in track(range(rank, len(images), world), "images", math.ceil(len(images) / world)):
         try:
             found = read_objects(images, i, short, networks[0].patch_size)
+        except OtherShape:
+            raise
         except Exception as error:  # whatever a decoder may raise
             why = f"{images.name(i)!r}: {first_line(error)}"
             reason = reason or f" (the first that cannot be read, {why})"
@@ -221,8 +243,8 @@ def attention_masks(networks, images, device, short, mass=0.6, rank=0, world=1):
 def add_flags(parser, command):
     add = parser.add_argument
     add("--masks", type=Path, help="a folder of masks with the names of the images in --data")
-    add("--mass", type=float, default=0.6, help="share of the attention inside (the paper's: 0.6)")
-    add("--size", type=int, help="short side in pixels (default: 480/224 of the training size, "
+    add("--mass", type=positive_share, default=0.6, help="share of the attention (the paper's 0.6)")
+    add("--size", type=count, help="short side in pixels (default: 480/224 of the training size, "
         "480 for the paper's)")  # fmt: skip
     add_untrained_flag(parser)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from evaluation.features import Extraction, features_of, made_by
 from util.checkpoint import export, load_checkpoint
+from util.config import count
 from util.images import stills
 from util.misc import atomic_write, say
 
@@ -22,13 +23,15 @@ def add_flags(parser, command):
         return
     add("head", type=Path, help="linear.pth, as evaluate.py linear writes it")
     add("images", nargs="+", type=Path, help="images, or folders of images")
-    add("--top", type=int, default=3, help="how many classes")
+    add("--top", type=count, default=3, help="how many classes")
 
 
 def evaluate(args, subject):
     if args.command == "predict":
         predict(args, subject)
         return
+    if args.file.exists():
+        raise ValueError(f"{args.file} is there already: choose another name")
     state = export(subject.backbone.cpu())
     atomic_write(args.file, lambda file: torch.save(state, file))
     say(f"-> {args.file}")

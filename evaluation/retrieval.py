@@ -21,6 +21,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from evaluation.features import add_extraction_flags, extract_features, extraction, features_of
+from util.config import count, share
 from util.data import Files, Folder
 from util.distributed import rank0_first
 from util.images import read_image, stills, to_tensor
@@ -35,17 +36,13 @@ BLOCK = (1024, 4096)  # similarities computed at once: 16 MB
 def index_folder(args, subject):
     """Return (Extraction, images, features [n, d]) of the folder --data, normalised, on the host.
 
-    The pictures that we draw there are left out, and what cannot be read. ValueError: it is not a
-    folder, or holds nothing else.
+    What cannot be read is left out. ValueError: it is not a folder, or holds no image.
     """
     if not Path(subject.data).is_dir():
         raise ValueError(f"--data {subject.data} is no folder of images")
     images = rank0_first(lambda: Folder(subject.data))
-    ours = [subject.folder.resolve() / name for name in ("search.png", "copies.png")]
-    kept = [path for path in images.paths if images.root.resolve() / path not in ours]
-    if not kept:
-        raise ValueError(f"--data {subject.data} holds nothing but the pictures drawn there")
-    images = Files(images.root, kept)
+    if images.note:
+        say(f"note: {images.note}")
     how = extraction(args, subject)
     features, read = extract_features(subject.backbone, images, how)
     images = Files(images.root, [images.paths[i] for i in read])
@@ -111,10 +108,12 @@ def find_copies(args, subject):
     grouped = sum(map(len, groups))
     say(
         f"{subject.data}: {grouped} of {len(images)} images are in {len(groups)} groups "
-        f"with a cosine of {threshold:.3f} or more"
+        f"linked by cosines of {threshold:.3f} or more"
     )
     for n, group in enumerate(groups):
-        say(f"group {n + 1}, {len(group)} images")
+        x = features[group]
+        least = min((part @ x.T).min().item() for part in x.split(BLOCK[0]))
+        say(f"group {n + 1}, {len(group)} images, the least cosine of two of them {least:.3f}")
         for i in group:
             say(f"  {images.name(i)}")
     if groups and is_main_process():
@@ -217,9 +216,9 @@ def add_flags(parser, command):
     add = parser.add_argument
     if command == "search":
         add("query", nargs="+", type=Path, help="images, or folders of images")
-        add("--top", type=int, default=8, help="how many neighbours of each")
+        add("--top", type=count, default=8, help="how many neighbours of each")
     elif command == "copies":
-        add("--threshold", type=float, help="the least cosine of a pair (default: what nine in ten "
+        add("--threshold", type=share, help="the least cosine of a pair (default: what nine in ten "
             "copies by JPEG of a sample of these images reach)")  # fmt: skip
     else:
         add("--file", type=Path, help="where they go, .pth, or .npy with the names in .txt "
@@ -230,5 +229,7 @@ def evaluate(args, subject):
     file = getattr(args, "file", None)
     if file and not (file.suffix in (".pth", ".npy") and file.absolute().parent.is_dir()):
         raise ValueError(f"--file {file} must end in .pth or .npy, and its folder be there")
+    if file and file.exists():
+        raise ValueError(f"--file {file} is there already: choose another name")
     functions = {"search": search, "copies": find_copies, "features": write_features}
     return functions[args.command](args, subject)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from evaluation.features import add_extraction_flags, extract_features, extraction, shrink
 from evaluation.ranking import average_precision, precision_at, rankings, ranks_of
+from util.config import count
 from util.data import Files
 from util.distributed import rank0_first
 from util.misc import say
@@ -103,7 +104,7 @@ def measure(orders, truth):
 
 def add_flags(parser, command):
     add_extraction_flags(parser)
-    parser.add_argument("--size", type=int, default=224,
+    parser.add_argument("--size", type=count, default=224,
                         help="long side in pixels, at most (the paper's: 224)")  # fmt: skip
     parser.add_argument("--multiscale", action="store_true",
                         help="mean over three sizes: 1, 1/sqrt 2, 1/2")  # fmt: skip

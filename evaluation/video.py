@@ -162,14 +162,14 @@ def harden(labels, patch_size, size):
 def add_propagation_flags(parser):
     paper = Propagation()
     add = parser.add_argument
-    add("--size", type=int, help="short side in pixels (default: 480/224 of the training size, "
+    add("--size", type=config.count, help="short side (default: 480/224 of the training size, "
         "480 for the paper's)")  # fmt: skip
-    add("--n_last_frames", type=int, default=paper.n_last_frames,
+    add("--n_last_frames", type=config.natural, default=paper.n_last_frames,
         help="frames before that labels come from, besides the first (the paper's: 7)")  # fmt: skip
-    add("--size_mask_neighborhood", type=int, default=paper.size_mask_neighborhood,
+    add("--size_mask_neighborhood", type=config.natural, default=paper.size_mask_neighborhood,
         help="how many patches away they may lie (the paper's: 12; 0: anywhere)")  # fmt: skip
-    add("--topk", type=int, default=paper.topk, help="patches mixed (the paper's: 5)")
-    add("--temperature", type=float, default=paper.temperature,
+    add("--topk", type=config.count, default=paper.topk, help="patches mixed (the paper's: 5)")
+    add("--temperature", type=config.positive, default=paper.temperature,
         help="of the affinity (the paper's: 0.1)")  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def add_flags(parser, command):
     config.add_network_flags(parser)
     config.add_device_flag(parser)
     add_propagation_flags(parser)
-    add("--fps", type=float, default=10, help="frames a second of a folder")
+    add("--fps", type=config.positive, default=10, help="frames a second of a folder")
     config.add_flag(parser, "output_dir", type=Path, help="folder for the masks, film.gif and "
                     "strip.png (default: FILM_masks)")  # fmt: skip
 

@@ -83,7 +83,7 @@ def test_the_laptops_recipe_is_the_default_and_flags_override_it():
     args = train.parse_args([])
     assert args.arch == "vit_micro" and args.data_path == "shapes"
     assert str(args.output_dir) == "runs/laptop"
-    for name, (value, _) in PAPER.items():
+    for name, (value, *_) in PAPER.items():
         assert getattr(args, name) == LAPTOP.get(name, value)
     assert set(LAPTOP) | set(PHOTOS) | set(RESNET) <= set(PAPER)
     flags = "--arch vit_base --patch 8 --lr 0.1 --global_crops_scale 0.2 1 --norm_last_layer false"
@@ -97,7 +97,7 @@ def test_the_laptops_recipe_is_the_default_and_flags_override_it():
 def test_photographs_have_a_recipe_of_their_own():
     args = train.parse_args(["--data", "some/photos"])
     assert args.arch == "vit_mini" and str(args.output_dir) == "runs/laptop-photos"
-    for name, (value, _) in PAPER.items():
+    for name, (value, *_) in PAPER.items():
         assert getattr(args, name) == PHOTOS.get(name, value)
     assert "photographs on a small machine" in summary(args).splitlines()[0]
     assert "the laptop's" in summary(train.parse_args([])).splitlines()[0]

@@ -2,11 +2,20 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from util.data import BatchSampler, Folder, MultiCropDataset, describe_images, load, split_folder
+from util.data import (
+    BatchSampler,
+    Folder,
+    MultiCropDataset,
+    describe_images,
+    load,
+    load_splits,
+    split_folder,
+)
 from util.images import read_image
 from util.shapes import Shapes
 
@@ -83,8 +92,85 @@ def test_hidden_names_are_passed_over_and_other_files_counted(folder):
     assert images.note is None
     for name in ("a.txt", "b.txt", "c.mp4", "README"):
         (train / "größe" / name).write_text("no image")
-    said = "passed over 4 files that are no images: 2 .txt, 1 .mp4, 1 without a suffix"
-    assert load(train).note == said or sorted(load(train).note) == sorted(said)
+    said = load(train).note.removeprefix("passed over ").split(", ")
+    assert sorted(said) == ["1 .mp4", "1 without a suffix", "2 .txt"]
+
+
+def put(folder, *names):
+    """Put an image at each of these places, in a color of its own."""
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (48, 40), (i, 90, 0)).save(folder / name)
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    put(tmp_path, "bus/1.png", "car/1.png", "train/1.png", "truck/1.png")
+    images = load(tmp_path)
+    assert images.classes == ["bus", "car", "train", "truck"] and load(tmp_path, "val") is None
+    place = tmp_path / "train"
+    assert f"'train' is taken for ordinary images, not for a split (for that: --data {place})" in (
+        describe_images(images)
+    )
+    assert split_folder(place, "train") == place and split_folder(place, "val") is None
+    put(tmp_path / "systems", "train/a/1.png", "val/a/1.png", "@eaDir/1.png", "lost+found/1.png")
+    assert split_folder(tmp_path / "systems", "val") == tmp_path / "systems" / "val"
+
+
+def test_splits_in_an_unusual_place_are_said(tmp_path):
+    put(tmp_path, "images/train/a/1.png", "images/train/b/1.png", "images/val/a/1.png")
+    images = load(tmp_path)
+    place = tmp_path / "images" / "train"
+    assert len(images) == 3 and f"--data {place})" in images.note
+    assert len(load(place)) == 2 and len(load(place, "val")) == 1
+
+
+def test_links_are_followed_but_for_those_that_lead_back_up(tmp_path):
+    put(tmp_path, "d/cat/small/1.png", "d/dog/1.png", "elsewhere/2.png")
+    os.symlink("cat/small", tmp_path / "d" / "kitten")
+    os.symlink(tmp_path, tmp_path / "d" / "dog" / "up")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "d" / "cow")
+    os.symlink(tmp_path / "d" / "cow", tmp_path / "elsewhere" / "again")
+    images = load(tmp_path / "d")
+    assert images.classes == ["cat", "cow", "dog", "kitten"]
+    assert images.paths == ["cat/small/1.png", "cow/2.png", "dog/1.png", "kitten/1.png"]
+    assert images.note == "passed over 2 links back up"
+
+
+def test_what_systems_and_this_software_leave_is_no_data(tmp_path):
+    put(tmp_path, "a/1.png", "b/1.png", "@eaDir/1.png", "$RECYCLE.BIN/1.png", "run/curves.png")
+    (tmp_path / "run" / "log.jsonl").touch()
+    put(tmp_path, "a/1_attention.png", "search.png", "a/research.png")
+    images = load(tmp_path)
+    assert images.paths == ["a/1.png", "a/research.png", "b/1.png"]
+    assert images.classes == ["a", "b"]
+    assert images.note == "passed over 2 pictures of ours, 1 runs of ours"
+
+
+def test_an_empty_held_out_split_is_left_out(tmp_path, capsys):
+    put(tmp_path, "train/a/1.png", "train/b/1.png")
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    train, val = load_splits(tmp_path)
+    assert len(train) == 2 and val is None
+    assert "note: the held-out split is left out: no images below" in capsys.readouterr().out
+
+
+def test_images_that_are_nearly_black_are_said(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    twelve_bits = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(twelve_bits).save(tmp_path / "a" / "1.png")
+    load_splits(tmp_path)
+    assert "1.png' uses less than a tenth of its range" in capsys.readouterr().out
+    Image.fromarray(twelve_bits * 16).save(tmp_path / "a" / "1.png")
+    load_splits(tmp_path)
+    assert "range" not in capsys.readouterr().out
+    Image.fromarray(twelve_bits.astype(np.int32) * 100).save(tmp_path / "a" / "2.tif")
+    with pytest.raises(ValueError, match="more than 16 bits"):
+        read_image(tmp_path / "a" / "2.tif")
+
+
+def test_a_large_photograph_is_read(tmp_path):
+    Image.new("1", (9800, 9700)).save(tmp_path / "95 megapixels.png")
+    assert read_image(tmp_path / "95 megapixels.png").shape == (3, 9700, 9800)
 
 
 def test_a_stray_image_beside_the_classes_is_named(folder):

@@ -217,6 +217,11 @@ def test_of_a_drawing_with_soft_edges_the_brighter_half_is_the_object(tmp_path):
 
 
 def test_what_is_no_mask_is_said(tmp_path):
+    for mode in ("RGBA", "LA"):  # the object may be in alpha
+        clear = Image.new(mode, (4, 4))
+        clear.save(tmp_path / "clear.png")
+        with pytest.raises(ValueError, match="transparent in part"):
+            read_mask(tmp_path / "clear.png")
     Image.merge("RGB", [Image.effect_noise((4, 4), 90) for _ in "RGB"]).save(tmp_path / "a.png")
     Image.new("I;16", (4, 4), 3000).save(tmp_path / "b.png")
     (tmp_path / "c.png").write_bytes(b"no image")
@@ -317,6 +322,25 @@ def test_masks_of_the_same_names_in_another_folder_of_another_size(tmp_path):
     box.save(tmp_path / "others" / "1.png")
     with pytest.raises(ValueError, match="no image below .*images' has a mask in .*others'"):
         load_with_masks(tmp_path / "images", tmp_path / "others")
+
+
+def test_a_mask_of_another_shape_is_an_error_and_one_turned_like_its_image_is_none(tmp_path):
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.effect_noise((40, 32), 90).convert("RGB").save(tmp_path / "images/a.jpg", exif=exif)
+    mask = Image.new("L", (40, 32))
+    mask.paste(1, (0, 0, 20, 10))
+    mask.save(tmp_path / "masks" / "a.png")
+    images = load_with_masks(tmp_path / "images", tmp_path / "masks")
+    wanted = torch.zeros(40, 32, dtype=torch.uint8)
+    wanted[:20, 22:] = 1
+    assert images[0].shape[1:] == wanted.shape and torch.equal(images.mask(0), wanted)
+    mask.crop((0, 0, 32, 32)).save(tmp_path / "masks" / "a.png")
+    backbone = backbone_of("vit_micro", 8, 16)
+    with pytest.raises(ValueError, match="a.jpg' is of 32 x 40 pixels, its mask of 32 x 32"):
+        masks.attention_masks([backbone], images, CPU, 32)
 
 
 # ---- the command ----

@@ -5,6 +5,7 @@ import io
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,7 @@ def end_of(error, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["some/where/train.py"])
     with pytest.raises(SystemExit) as end:
-        config.run_command(fail, lambda: None)
+        config.run_command(fail, Namespace)
     return end.value.code
 
 
@@ -51,7 +52,7 @@ def test_any_other_error_keeps_its_traceback():
         raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nours")
 
     with pytest.raises(RuntimeError, match="ours"):
-        config.run_command(fail, lambda: None)
+        config.run_command(fail, Namespace)
 
 
 def test_a_missing_folder_is_not_called_a_full_disk(tmp_path):
@@ -77,15 +78,16 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path):
 def test_a_name_that_is_not_utf8_can_be_printed(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
     with pytest.raises(SystemExit) as end:
-        config.run_command(lambda args: misc.say("caf\udce9.png"), lambda: None)
+        config.run_command(lambda args: misc.say("caf\udce9.png"), Namespace)
     assert not end.value.code and sys.stdout.buffer.getvalue() == b"caf\\udce9.png\n"
 
 
 def test_nobody_reading_on_is_no_traceback(tmp_path):
     script = tmp_path / "say.py"
     script.write_text(
+        "from argparse import Namespace\n"
         "from util.config import run_command\nfrom util.misc import say\n"
-        "run_command(lambda args: [say('x' * 999) for _ in range(999)], lambda: None)"
+        "run_command(lambda args: [say('x' * 999) for _ in range(999)], Namespace)"
     )
     pipe = ["bash", "-c", f"{sys.executable} {script} | head -1"]
     result = subprocess.run(pipe, capture_output=True, text=True, timeout=600)

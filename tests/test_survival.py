@@ -396,6 +396,35 @@ def test_what_fp16_skips_is_counted_and_no_reason_to_stop(tmp_path, monkeypatch)
     assert end["scaler"]["scale"] == 2 ** (16 - sum(skipped))
 
 
+def test_a_rate_that_rises_and_a_warm_up_longer_than_the_run_are_said(tmp_path, capsys):
+    flags = "--steps 1 --warmup_epochs 0 --knn_every 0 --epochs 2 --warmup_teacher_temp_epochs 3"
+    run(f"{flags} --lr 1e-5 --min_lr 1e-6", tmp_path)
+    out = capsys.readouterr().out
+    assert "warning: the learning rate rises from 1.5625e-07 to --min_lr 1e-06" in out
+    assert "warning: tau_t does not reach --teacher_temp before the run ends" in out
+
+
+def test_overwriting_leaves_a_users_own_copies(tmp_path):
+    (tmp_path / "epoch-best.pth").write_bytes(b"mine")
+    (tmp_path / "epoch-0003.pth").write_bytes(b"old")
+    run("--steps 1 --knn_every 0 --overwrite", tmp_path)
+    assert (tmp_path / "epoch-best.pth").read_bytes() == b"mine"
+    assert not (tmp_path / "epoch-0003.pth").exists()
+
+
+def test_what_a_run_began_from_is_not_needed_to_go_on(tmp_path):
+    run("--steps 1 --knn_every 0", tmp_path / "first")
+    flags = f"--knn_every 0 --init {tmp_path / 'w.pth'}"
+    (tmp_path / "first" / "last.pth").rename(tmp_path / "w.pth")
+    run(f"{flags} --steps 1", tmp_path / "run")
+    (tmp_path / "w.pth").rename(tmp_path / "moved.pth")
+    assert run(f"{flags} --steps 2", tmp_path / "run")["step"] == 2
+    inside = f"--knn_every 0 --steps 1 --overwrite --init {tmp_path / 'run' / 'last.pth'}"
+    with pytest.raises(ValueError, match="lies in --output, where this run would replace it"):
+        run(inside, tmp_path / "run")
+    assert (tmp_path / "run" / "last.pth").exists()
+
+
 @pytest.mark.parametrize(
     "entropy, mean_entropy, kl, kind",
     [

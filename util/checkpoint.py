@@ -241,13 +241,18 @@ def load_strictly(module, state, source):
 
 
 def start_from(args):
-    """Return the backbone of train.py's arguments with the weights of --init.
+    """Return the backbone of train.py's arguments, with the weights of --init if a run begins.
 
     Position embeddings are interpolated to --global_crops_size. ValueError: the weights are of
     another architecture.
     """
-    loaded = load_backbone(args.init).backbone
     backbone = build_backbone(args)
+    goes_on = (args.output_dir / "last.pth").exists() and not args.overwrite
+    if goes_on or not args.init:
+        return backbone
+    if Path(args.init).resolve().parent == args.output_dir.resolve():
+        raise ValueError(f"--init {args.init} lies in --output, where this run would replace it")
+    loaded = load_backbone(args.init).backbone
     state = loaded.state_dict()
     if isinstance(loaded, ViT):
         side = args.global_crops_size // loaded.patch_size

@@ -18,58 +18,90 @@ from pathlib import Path
 
 import torch
 
-from util.misc import clear_progress
+from util.misc import INPUTS, clear_progress
 from vit import ARCHITECTURES
 
-PAPER = {  # flag: (the paper's value, what it is)
+# ---- the types of flags ----
+
+
+def number(kind, positive=False, most=math.inf):
+    """Return the type of a flag: an int or float, finite, not negative and at most `most`."""
+
+    def read(text):
+        value = kind(text)
+        if not 0 <= value < math.inf or (positive and value == 0):
+            bound = "positive" if positive else "0 or more"
+            raise argparse.ArgumentTypeError(f"{text} must be {bound}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text} must not be above {most}")
+        return value
+
+    read.__name__ = kind.__name__  # as argparse calls it where it is none
+    return read
+
+
+def true_or_false(text):
+    """Read a boolean as the reference code's commands have it."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text.lower() == "true"
+
+
+count, natural = number(int, positive=True), number(int)
+positive, not_negative = number(float, positive=True), number(float)
+share, positive_share = number(float, most=1), number(float, positive=True, most=1)
+
+# ---- the recipes ----
+
+PAPER = {  # flag: (the paper's value, its type, what it is)
     # network
-    "patch_size": (16, "side of a patch in pixels"),
-    "drop_path_rate": (0.1, "stochastic depth in the student's last block; 0 in its first"),
+    "patch_size": (16, count, "side of a patch in pixels"),
+    "drop_path_rate": (0.1, share, "stochastic depth in the student's last block; 0 in its first"),
     # multi-crop
-    "global_crops_size": (224, "side of the two global crops"),
-    "global_crops_scale": ([0.4, 1.0], "area of a global crop, as a share of the image's"),
-    "local_crops_size": (96, "side of the local crops"),
-    "local_crops_scale": ([0.05, 0.4], "area of a local crop"),
-    "local_crops_number": (8, "number of local crops"),
-    "blur_sigma": (2.0, "largest sigma of the blur, in pixels"),
+    "global_crops_size": (224, count, "side of the two global crops"),
+    "global_crops_scale": ([0.4, 1.0], share, "area of a global crop, as a share of the image's"),
+    "local_crops_size": (96, count, "side of the local crops"),
+    "local_crops_scale": ([0.05, 0.4], share, "area of a local crop"),
+    "local_crops_number": (8, natural, "number of local crops"),
+    "blur_sigma": (2.0, number(float, positive=True, most=2), "largest sigma of the blur"),
     # head
-    "out_dim": (65536, "K, the outputs of the head"),
-    "hidden_dim": (2048, "width of the head's hidden layers"),
-    "bottleneck_dim": (256, "width of the head's bottleneck"),
-    "norm_last_layer": (True, "keep g of the last layer at 1 (300-epoch runs: false)"),
-    "freeze_last_layer": (1, "epochs during which the head's last layer stays as it is"),
+    "out_dim": (65536, count, "K, the outputs of the head"),
+    "hidden_dim": (2048, count, "width of the head's hidden layers"),
+    "bottleneck_dim": (256, count, "width of the head's bottleneck"),
+    "norm_last_layer": (True, true_or_false, "keep the last layer's g at 1 (300 epochs: false)"),
+    "freeze_last_layer": (1, natural, "epochs during which the head's last layer stays as it is"),
     # teacher and loss
-    "momentum_teacher": (0.996, "the teacher's lambda at the start; it ends at 1"),
-    "center_momentum": (0.9, "m of Eq. 4"),
-    "student_temp": (0.1, "tau_s"),
-    "teacher_temp": (0.04, "tau_t after its warm-up (the 300-epoch runs: 0.07)"),
-    "warmup_teacher_temp": (0.04, "tau_t at the start"),
-    "warmup_teacher_temp_epochs": (0, "epochs over which tau_t rises (the 300-epoch runs: 30)"),
+    "momentum_teacher": (0.996, share, "the teacher's lambda at the start; it ends at 1"),
+    "center_momentum": (0.9, share, "m of Eq. 4"),
+    "student_temp": (0.1, positive, "tau_s"),
+    "teacher_temp": (0.04, positive, "tau_t after its warm-up (the 300-epoch runs: 0.07)"),
+    "warmup_teacher_temp": (0.04, positive, "tau_t at the start"),
+    "warmup_teacher_temp_epochs": (0, natural, "epochs over which tau_t rises (300: 30)"),
     # optimisation
-    "optimizer": ("adamw", "adamw or sgd"),
-    "lr": (5e-4, "peak learning rate for a global batch of 256; scales with the batch"),
-    "min_lr": (1e-6, "learning rate at the end"),
-    "warmup_epochs": (10, "epochs over which the learning rate rises"),
-    "weight_decay": (0.04, "weight decay at the start"),
-    "weight_decay_end": (0.4, "weight decay at the end"),
-    "clip_grad": (3.0, "largest norm of each parameter's gradient, 0 for any"),
-    "epochs": (100, "passes over the data"),
-    "batch_size_per_gpu": (64, "images a process a step"),
-    "accumulate": (1, "batches a step, for a larger global batch on the same memory"),
+    "optimizer": ("adamw", str, "adamw or sgd"),
+    "lr": (5e-4, positive, "peak learning rate for a global batch of 256; scales with the batch"),
+    "min_lr": (1e-6, not_negative, "learning rate at the end"),
+    "warmup_epochs": (10, natural, "epochs over which the learning rate rises"),
+    "weight_decay": (0.04, not_negative, "weight decay at the start"),
+    "weight_decay_end": (0.4, not_negative, "weight decay at the end"),
+    "clip_grad": (3.0, not_negative, "largest norm of each parameter's gradient, 0 for any"),
+    "epochs": (100, count, "passes over the data"),
+    "batch_size_per_gpu": (64, count, "images a process a step"),
+    "accumulate": (1, count, "batches a step, for a larger global batch on the same memory"),
     # the k-NN tests
-    "knn_bank": (10_000, "images that vote in the k-NN tests during training"),
+    "knn_bank": (10_000, count, "images that vote in the k-NN tests during training"),
 }
 LAPTOP = dict(
     patch_size=4, drop_path_rate=0.0, global_crops_size=32, local_crops_size=16,
     local_crops_scale=[0.1, 0.4], local_crops_number=4, out_dim=256, hidden_dim=256,
     bottleneck_dim=64, freeze_last_layer=0, momentum_teacher=0.99, teacher_temp=0.02,
-    warmup_teacher_temp=0.02, lr=1.6e-2, min_lr=1e-5,
-    warmup_epochs=1, weight_decay_end=0.04, epochs=12, batch_size_per_gpu=32, knn_bank=2_000,
+    warmup_teacher_temp=0.02, lr=0.03, min_lr=1e-5, warmup_epochs=1, weight_decay_end=0.04,
+    clip_grad=0.1, epochs=7, batch_size_per_gpu=32, knn_bank=2_000,
 )  # fmt: skip
 PHOTOS = LAPTOP | dict(
     patch_size=8, global_crops_size=48, local_crops_size=24, blur_sigma=0.4, out_dim=1024,
     hidden_dim=512, bottleneck_dim=128, teacher_temp=0.04, warmup_teacher_temp_epochs=5, lr=4e-3,
-    epochs=None, batch_size_per_gpu=64,
+    clip_grad=3.0, epochs=None, batch_size_per_gpu=64,
 )  # fmt: skip
 RESNET = dict(
     drop_path_rate=0.0, global_crops_scale=[0.14, 1.0], local_crops_scale=[0.05, 0.14],
@@ -90,14 +122,6 @@ SHORT = {  # short forms of flags
     "output_dir": "--output",
     "num_workers": "--workers",
 }
-POSITIVE = (  # flags of all commands that must not be 0; other numbers must not be negative
-    "patch_size global_crops_size local_crops_size out_dim hidden_dim bottleneck_dim student_temp "
-    "teacher_temp warmup_teacher_temp blur_sigma epochs batch_size_per_gpu accumulate log_every "
-    "knn_bank size nb_knn num_heads lr n_last_blocks fraction draws penalty top mass fps topk "
-    "temperature"
-).split()
-AT_MOST = dict(momentum_teacher=1, center_momentum=1, drop_path_rate=1, mass=1, fraction=1,
-               threshold=1, blur_sigma=2)  # fmt: skip
 
 
 # ---- train.py's command line ----
@@ -111,16 +135,14 @@ def parse_args(description, argv=None):
 
 
 def add_training_flags(parser):
-    for name, (value, text) in PAPER.items():
-        kind = {"type": type(value)}
-        if isinstance(value, bool):
-            kind = {"type": true_or_false, "metavar": "true|false"}
-        elif isinstance(value, list):
-            kind = {"type": float, "nargs": 2, "metavar": ("MIN", "MAX")}
+    for name, (value, kind, text) in PAPER.items():
+        settings = {"metavar": "true|false"} if isinstance(value, bool) else {}
+        if isinstance(value, list):
+            settings = {"nargs": 2, "metavar": ("MIN", "MAX")}
         whose = "default" if name in ("accumulate", "knn_bank") else "paper"
         others = [f"{arch} {shown(r[name])}" for arch, (_, r) in RECIPES.items() if name in r]
         text = f"{text} ({'; '.join([f'{whose} {shown(value)}', *others])})"
-        add_flag(parser, name, help=text, **kind)
+        add_flag(parser, name, type=kind, help=text, **settings)
     add = parser.add_argument
     add_flag(parser, "data_path", default="shapes", help="a folder of images, or shapes, cifar10, "
              "cifar100, stl10, imagenette, flowers102, pets")  # fmt: skip
@@ -130,8 +152,8 @@ def add_training_flags(parser):
     add("--centering", choices=("mean", "sinkhorn"), default="mean",
         help="Eq. 4, or Sinkhorn-Knopp in its place (Table 7)")  # fmt: skip
     add("--init", help="a checkpoint or a released name whose backbone to start from")
-    add("--seed", type=int, default=0)
-    add("--steps", type=int, default=0,
+    add("--seed", type=natural, default=0)
+    add("--steps", type=natural, default=0,
         help="stop after this many steps; changes no schedule (0: at the end)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the student")
     add("--recompute", action="store_true",
@@ -141,17 +163,17 @@ def add_training_flags(parser):
         type=lambda text: "fp16" if true_or_false(text) else "off",
         help="the reference code's form of --amp fp16 or off")  # fmt: skip
     add("--use_bn_in_head", choices=["false"], default=argparse.SUPPRESS,
-        help="batch norm in the head is not built here: the paper's ViT runs have none")  # fmt: skip
+        help="true is not built here: the paper's heads have no batch norm")  # fmt: skip
     add_device_flag(parser)
-    add_flag(parser, "num_workers", type=int, help="processes that load images (default: up to 10 "
-             "on a GPU; on a CPU 1, or 0 where there are only two cores)")  # fmt: skip
+    add_flag(parser, "num_workers", type=natural, help="processes that load images (default: up to "
+             "10 on a GPU; on a CPU 1, or 0 where there are only two cores)")  # fmt: skip
     add_flag(parser, "output_dir", type=Path, help="the run's folder (default: runs/NAME, from "
              "architecture and data)")  # fmt: skip
     add("--overwrite", action="store_true", help="start anew in a folder that holds another run")
-    add("--log_every", type=int, default=10, help="steps between lines of the log")
-    add("--saveckp_freq", type=int, default=20,
+    add("--log_every", type=count, default=10, help="steps between lines of the log")
+    add("--saveckp_freq", type=natural, default=20,
         help="epochs between checkpoints that are kept (0: none)")  # fmt: skip
-    add("--knn_every", type=int, default=1,
+    add("--knn_every", type=natural, default=1,
         help="epochs between k-NN tests, where there are labels (0: never)")  # fmt: skip
 
 
@@ -160,14 +182,13 @@ def resolve(args):
     default_arch = "vit_micro" if args.data_path == "shapes" else "vit_mini"
     args.arch = args.arch or default_arch
     _, differs = RECIPES.get(args.arch, ("", {}))
-    for name, (value, _) in PAPER.items():
+    for name, (value, *_) in PAPER.items():
         if getattr(args, name) is None:
             setattr(args, name, differs.get(name, value))
     if args.num_workers is None:
         args.num_workers = default_workers(args.device)
     args.output_dir = args.output_dir or default_output(args, args.arch == default_arch)
 
-    check_numbers(args)
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, name)
         if not 0 < low <= high <= 1:
@@ -183,19 +204,6 @@ def resolve(args):
         if args.arch != "resnet50" and size % args.patch_size:
             raise ValueError(f"--patch {args.patch_size} must divide --{name} {size}")
     return args
-
-
-def check_numbers(args):
-    """ValueError: a number of any command's is not finite, or out of its bounds."""
-    for name, value in vars(args).items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
-                continue
-            if not 0 <= number < math.inf or (number == 0 and name in POSITIVE):
-                bound = "positive" if name in POSITIVE else "0 or more"
-                raise ValueError(f"--{name} {number} must be {bound}")
-            if number > AT_MOST.get(name, math.inf):
-                raise ValueError(f"--{name} {number} must not be above {AT_MOST[name]}")
 
 
 def with_length(args, images):
@@ -284,13 +292,6 @@ def add_flag(parser, name, **settings):
     parser.add_argument(f"--{name}", *short, **settings)
 
 
-def true_or_false(text):
-    """Read a boolean as the reference code's commands have it."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
-    return text.lower() == "true"
-
-
 def add_device_flag(parser):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="(default: cuda where there is a GPU)")
@@ -305,7 +306,7 @@ def add_network_flags(parser):
     add = parser.add_argument
     add("--network", choices=("teacher", "student"), default="teacher",
         help="which of a checkpoint's two networks")  # fmt: skip
-    add("--num_heads", type=int, help="a ViT's number of heads, for foreign weights of another "
+    add("--num_heads", type=count, help="a ViT's number of heads, for foreign weights of another "
         "than the paper's")  # fmt: skip
 
 
@@ -316,7 +317,11 @@ def run_command(main, parse_args):
         if hasattr(stream, "reconfigure"):  # a file's name need not be printable
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = main(parse_args())
+        args = parse_args()
+        read = [value for name, value in vars(args).items() if name not in ("file", "output_dir")]
+        read += [value for values in read if isinstance(values, list) for value in values]
+        INPUTS.update(os.path.realpath(v) for v in read if isinstance(v, (str, Path)))
+        status = main(args)
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except (ValueError, OSError, torch.OutOfMemoryError) as error:

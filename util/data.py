@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
 
-from util.images import image_paths, read_image, to_tensor
+from util.images import image_paths, is_hidden, read_image, to_tensor
 from util.misc import STOP_SIGNALS, first_line, say
 from util.shapes import Shapes
 
@@ -73,7 +73,7 @@ class Folder(Files):
     def __init__(self, root):
         paths, others = image_paths(root)
         super().__init__(root, paths)
-        passed_over = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        passed_over = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
         if not paths:
             found = f": passed over {passed_over}" if others else ""
             raise ValueError(f"no images below {str(root)!r}{found}")
@@ -86,8 +86,14 @@ class Folder(Files):
         elif len(names) > 2:
             stray = paths[tops.index("")]
             notes.append(f"no labels, since {stray!r} lies beside the {len(names) - 1} folders")
+        folders = sorted({os.path.dirname(path) for path in paths})
+        above = (place for folder in folders for place in (Path(folder), *Path(folder).parents))
+        split = next((place for place in above if is_split(place.name)), None)
+        if split:
+            notes.append(f"{str(split)!r} is taken for ordinary images, not for a split (for "
+                         f"that: --data {self.root / split})")  # fmt: skip
         if others:
-            notes.append(f"passed over {others.total()} files that are no images: {passed_over}")
+            notes.append(f"passed over {passed_over}")
         self.note = "; ".join(notes) or None
 
 
@@ -149,27 +155,29 @@ class Torchvision:
             return pil_to_tensor(objects)[0]
 
 
+def is_split(name):
+    return name.lower() in (*TRAINING, *HELD_OUT)
+
+
 def split_folder(root, split):
     """Return the folder that holds a split, or None if there is no such split.
 
-    A root like ImageNet's has a folder named as in TRAINING, and may have one as in HELD_OUT; a
-    root that is itself such a training folder may have the other beside it. Without these, the
+    A root like ImageNet's has splits if each folder in it is named as in TRAINING and HELD_OUT; a
+    root that is itself such a training folder may have the others beside it. Without these, the
     whole root is the training split; of one like Pascal VOC's or DAVIS's it is the photographs.
     """
     root = Path(root).absolute()
     if (root / "JPEGImages").is_dir():
         return root / "JPEGImages" if split == "train" else None
-    bases = [root]
-    if root.name.lower() in TRAINING:
-        bases.append(root.parent)
-    for base in bases:
-        folders = {path.name.lower(): path for path in sorted(base.iterdir()) if path.is_dir()}
-        training = [folders[name] for name in TRAINING if name in folders]
-        held_out = [folders[name] for name in HELD_OUT if name in folders]
-        if training and split == "train":
-            return root if root in training else training[0]
-        if training:
-            return held_out[0] if held_out else None
+    for base in [root, root.parent] if root.name.lower() in TRAINING else [root]:
+        folders = [path for path in sorted(base.iterdir())
+                   if path.is_dir() and not is_hidden(path.name)]  # fmt: skip
+        names = {path.name.lower(): path for path in folders if is_split(path.name)}
+        training = [names[name] for name in TRAINING if name in names]
+        held_out = [names[name] for name in HELD_OUT if name in names]
+        if training and len(names) == len(folders):
+            found = training if split == "train" else held_out
+            return root if root in found else next(iter(found), None)
     return root if split == "train" else None
 
 
@@ -186,7 +194,13 @@ def load(name, split="train"):
         names = ", ".join(TORCHVISION)
         raise ValueError(f"no folder {str(name)!r}; the built-in data sets are shapes, {names}")
     folder = split_folder(name, split)
-    return None if folder is None else Folder(folder)
+    try:
+        return None if folder is None else Folder(folder)
+    except ValueError as error:
+        if split == "train":
+            raise
+        say(f"note: the held-out split is left out: {error}")
+        return None
 
 
 def load_splits(name):
@@ -196,6 +210,12 @@ def load_splits(name):
         say("note: the held-out split has other classes than the training split: it is not used")
         val = None
     say(describe_images(train))
+    for i in evenly(len(train), 16):
+        image, _ = read_or_next(train, i)
+        if 0 < image.max() < 26:
+            say(f"note: {train.name(i)!r} uses less than a tenth of its range, and is nearly black "
+                "here: 8 bits are taken for 0 to 255, 16 for 0 to 65535")  # fmt: skip
+            break
     if val is not None:
         say(f"held out: {describe_images(val)}")
     return train, val

@@ -20,6 +20,10 @@ from PIL import Image, ImageOps, ImageSequence, PngImagePlugin
 from util.misc import atomic_write, first_line, say, track
 
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # recognised by Pillow, but no more
+SYSTEMS = "__MACOSX @eaDir #recycle $RECYCLE.BIN lost+found Thumbs.db desktop.ini".split()
+SYSTEMS.append("System Volume Information")
+OUR_PICTURE = re.compile(r"(.+_attention|search|copies|crops|targets|schedules)\.(png|gif)")
+Image.MAX_IMAGE_PIXELS = 2**28  # more than any camera's
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30  # text is passed over
 
 
@@ -49,13 +53,15 @@ def read_image(file, least=None):
 
 
 def to_tensor(image):
-    """Turn a PIL image of any mode into uint8 [3, h, w]. ValueError: it holds floats."""
+    """Turn a PIL image into uint8 [3, h, w]. ValueError: it holds floats, or more than 16 bits."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels, which have no scale")
     if image.mode.startswith("I"):  # 16 bits
         values = np.asarray(image).astype(np.float64) / 257
-        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+        if values.min() < 0 or values.max() > 255:
+            raise ValueError("pixels of more than 16 bits")
+        image = Image.fromarray(values.round().astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -64,22 +70,27 @@ def to_tensor(image):
 
 
 def image_paths(root):
-    """Return (the images below a folder at any depth, how many other files there are by suffix).
+    """Return (the images below a folder at any depth, what is passed over: a Counter).
 
-    Paths are relative to root, folder by folder, 2.png before 10.png. Hidden names, those that
-    begin with a dot, and __MACOSX are passed over.
+    Paths are relative to root, folder by folder, 2.png before 10.png. Links are followed, but for
+    those that lead back up; what this software has written is no data.
     """
-    paths, others, seen = [], Counter(), set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back up
+    paths, others, above = [], Counter(), {}
+    for folder, subfolders, files in os.walk(Path(root), followlinks=True):
+        # where the folder really is, after those that it lies in
+        places = [*above.get(os.path.dirname(folder), []), os.path.realpath(folder)]
+        above[folder] = places
+        back_up = any(f"{place}/".startswith(f"{places[-1]}/") for place in places[:-1])
+        if back_up or "log.jsonl" in files:
+            others["links back up" if back_up else "runs of ours"] += 1
             subfolders.clear()
             continue
-        seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
         for file in sorted(files, key=natural):
             suffix = os.path.splitext(file)[1].lower()
-            if suffix in suffixes() and not is_hidden(file):
+            if OUR_PICTURE.fullmatch(file):
+                others["pictures of ours"] += 1
+            elif suffix in suffixes() and not is_hidden(file):
                 paths.append(os.path.relpath(os.path.join(folder, file), root))
             elif not is_hidden(file):
                 others[suffix or "without a suffix"] += 1
@@ -87,7 +98,8 @@ def image_paths(root):
 
 
 def is_hidden(name):
-    return name.startswith(".") or name == "__MACOSX"
+    """Return whether a name begins with a dot, or is one that systems leave in folders."""
+    return name.startswith(".") or name in SYSTEMS
 
 
 def natural(name):

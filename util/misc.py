@@ -12,6 +12,7 @@ from pathlib import Path
 
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # not every system has every signal
 STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+INPUTS = set()  # the files that a command reads, none of which it replaces: see run_command()
 PROGRESS_EVERY = 10  # seconds between lines of progress, where there is no terminal
 
 
@@ -78,8 +79,10 @@ def append_json(path, values):
 def atomic_write(path, write):
     """Call write(file) on a file beside path, which then takes its place.
 
-    OSError: it could not be written, and path is as it was before.
+    OSError: it could not be written, or is a file that the command reads; path is as it was before.
     """
+    if os.path.realpath(path) in INPUTS:
+        raise OSError(f"{path} is what this command reads: choose another name or --output")
     beside = Path(f"{path}.tmp")
     try:
         with open(beside, "wb") as file:

@@ -28,7 +28,7 @@ except ImportError:  # Windows
 
 FORMAT = 6  # of last.pth
 FREE = set(  # the arguments that resuming may change, if precision and global batch stay
-    "data_path device amp batch_size_per_gpu accumulate steps compile recompute num_workers "
+    "init data_path device amp batch_size_per_gpu accumulate steps compile recompute num_workers "
     "output_dir overwrite log_every saveckp_freq knn_every knn_bank".split()
 )
 INSTEAD = ": choose another --output, or --overwrite it"
@@ -101,6 +101,10 @@ class Run:
         if args.data_path == "shapes" and args.arch != "vit_micro":
             say("note: these are built-in drawings of 64 pixels; --data path/to/imagenet/train "
                 "trains on ImageNet")  # fmt: skip
+        if peak < args.min_lr:
+            say(f"warning: the learning rate rises from {peak:g} to --min_lr {args.min_lr:g}")
+        if args.warmup_teacher_temp_epochs > args.epochs:
+            say("warning: tau_t does not reach --teacher_temp before the run ends")
         if args.freeze_last_layer >= args.epochs:
             say("warning: --freeze_last_layer keeps the last layer as it is for the whole run")
         if self.first:
@@ -132,7 +136,8 @@ class Run:
     def open_folder(self, anew):
         """Make the folder ready: write the configuration, cut the log at the first step."""
         if anew:
-            for old in [self.folder / "last.pth", *self.folder.glob("epoch-*.pth")]:
+            kept = self.folder.glob("epoch-[0-9][0-9][0-9][0-9].pth")
+            for old in [self.folder / "last.pth", *kept]:
                 old.unlink(missing_ok=True)
         known = read_log(self.log_path) if self.first else []
         log = "".join(json.dumps(line) + "\n" for line in known if line["step"] <= self.first)
