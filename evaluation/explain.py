@@ -15,14 +15,13 @@ from random import Random
 
 import torch
 from einops import rearrange
-from torch import nn
 
 from augment import MEAN, STD, MultiCrop, photometry
 from evaluation.features import Extraction, extract_features
 from head import DINOHead
 from loss import entropies, teacher_probabilities
 from util import config
-from util.checkpoint import load_checkpoint, load_strictly, resnet50, vit_from_shapes
+from util.checkpoint import load_backbone, load_checkpoint, load_strictly
 from util.data import evenly, load
 from util.images import stills
 from util.misc import say
@@ -64,19 +63,6 @@ def draw_schedules(args, path):
         "momentum of the teacher, lambda": ({"momentum": None}, {}),
         "temperature of the teacher": ({"teacher_temp": None}, {}),
     })  # fmt: skip
-
-
-def load_teacher(checkpoint, path):
-    """Return the teacher's backbone and head from what load_checkpoint() gave for a run's path."""
-    state, args = checkpoint["teacher"], checkpoint["args"]
-    backbone = resnet50(args["global_crops_size"])
-    if checkpoint["num_heads"]:
-        of_backbone = {k.removeprefix("backbone."): v for k, v in state.items() if "backbone" in k}
-        backbone = vit_from_shapes(of_backbone, checkpoint["num_heads"])
-    sizes = args["out_dim"], args["hidden_dim"], args["bottleneck_dim"]
-    head = DINOHead(backbone.embed_dim, *sizes)
-    load_strictly(nn.ModuleDict({"backbone": backbone, "head": head}), state, path)
-    return backbone.eval(), head
 
 
 def draw_targets(logits, center, student_temp, teacher_temp, path):
@@ -128,7 +114,10 @@ def targets(args, path):
         raise ValueError("this run did without the centre: name another")
     data = args.data_path or trained.data_path
     images = load(data, "val") or load(data, "train")
-    backbone, head = load_teacher(checkpoint, args.checkpoint)
+    backbone = load_backbone(args.checkpoint).backbone
+    head = DINOHead(backbone.embed_dim, trained.out_dim, trained.hidden_dim, trained.bottleneck_dim)
+    weights = {key: value for key, value in checkpoint["teacher"].items() if "head." in key}
+    load_strictly(head, {k.removeprefix("head."): v for k, v in weights.items()}, args.checkpoint)
     some = evenly(len(images), BATCH)
     features, _ = extract_features(backbone, images, Extraction(torch.device("cpu")), some)
     with torch.inference_mode():

@@ -206,12 +206,14 @@ def extract_features(backbone, images, how, indices=None):
     indices = list(range(len(images))) if indices is None else indices
     out = torch.zeros(len(indices), how.width(backbone))
     known = torch.zeros(len(indices), dtype=torch.bool)
-    path = None
+    files = []
     if how.cache and isinstance(images, Files):
-        path = how.cache / f"features-{cache_key(backbone, images, how)}.pth"
-        files = [(images.paths[i], *size_and_time(images.name(i))) for i in indices]
-        if is_main_process():
-            recall(path, files, out, known)
+        path = how.cache / f"features-{made_by(backbone, how)}.pth"
+        files = [as_it_is(images.name(i)) for i in indices]
+        kept = recall(path) if is_main_process() else {}
+        for n, file in enumerate(files):
+            if file in kept:
+                out[n], known[n] = kept[file], True
     missing = (all_reduce_max(known.byte()) == 0).nonzero()[:, 0].tolist()
 
     training = backbone.training
@@ -226,14 +228,14 @@ def extract_features(backbone, images, how, indices=None):
         out[good], known[good] = features_of(backbone, crops[n >= 0], how).cpu(), True
         done = min(len(missing), done + how.world * len(n))
         progress.show(done, f"features {done}/{len(missing)}")
-        if path and time.monotonic() - kept_at > KEEP_EVERY:
-            keep(path, images.root, files, out, known)
+        if files and time.monotonic() - kept_at > KEEP_EVERY:
+            keep(path, kept, files, out, known)
             kept_at = time.monotonic()
     backbone.train(training)
 
     out, known = all_reduce_sum(out), all_reduce_max(known.byte()).bool()
-    if path and missing:
-        keep(path, images.root, files, out, known)
+    if files and missing:
+        keep(path, kept, files, out, known)
     return readable(out.to(how.device), known, images, indices)
 
 
@@ -250,13 +252,7 @@ def readable(out, known, images, indices):
     return out[known.to(out.device)], kept
 
 
-# ---- the cache: one file for a folder and for what made the features ----
-
-
-def cache_key(backbone, images, how):
-    """Sixteen digits of a folder and of what made the features: weights and settings."""
-    return hashlib.sha256((made_by(backbone, how) + str(images.root.resolve())).encode(
-        "utf-8", "surrogateescape")).hexdigest()[:16]  # fmt: skip
+# ---- the cache: one file for what made the features ----
 
 
 def made_by(backbone, how):
@@ -269,37 +265,27 @@ def made_by(backbone, how):
     return digest.hexdigest()[:16]
 
 
-def size_and_time(path):
-    """Return what tells that a file has changed; of one that is gone, zeros."""
+def as_it_is(path):
+    """Return a file's (path, size, time of change, inode), or zeros for one that is gone."""
     try:
         stat = os.stat(path)
     except OSError:
-        return 0, 0, 0
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino  # folders may exchange names
+        return os.path.realpath(path), 0, 0, 0
+    return os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino  # names are changed
 
 
-def recall(path, files, out, known):
-    """Fill in, in place, the features kept of these files: (name, size, time, inode) each."""
-    if not path.exists():
-        return
-    saved = load_checkpoint(path)
-    row_of = {tuple(file): row for row, file in enumerate(saved["files"])}
-    for n, file in enumerate(files):
-        if file in row_of:
-            out[n], known[n] = saved["features"][row_of[file]], True
+def recall(path):
+    """Return the features that are kept, {(path, size, time, inode): [d]}."""
+    saved = load_checkpoint(path) if path.exists() else {"files": [], "features": []}
+    return dict(zip(map(tuple, saved["files"]), saved["features"]))
 
 
-def keep(path, root, files, out, known):
-    """Write the features that are known, if there are any; those of files that are gone go."""
-    if is_main_process() and known.any():
-        kept, features = [file for file, good in zip(files, known.tolist()) if good], out[known]
-        if path.exists():  # of other parts of the folder, what is still as it was
-            saved, asked = load_checkpoint(path), {name for name, *_ in files}
-            rows = [row for row, (name, *rest) in enumerate(saved["files"])
-                    if name not in asked and tuple(rest) == size_and_time(root / name)]
-            kept += [saved["files"][row] for row in rows]
-            features = torch.cat([features, saved["features"][rows]])
-        saved = {"files": kept, "features": features}
+def keep(path, kept, files, out, known):
+    """Write the features that are known, beside those kept of files that are as they were."""
+    new = {file: x for file, x, good in zip(files, out, known.tolist()) if good}
+    rest = {file: x for file, x in kept.items() if file not in new and as_it_is(file[0]) == file}
+    if is_main_process() and new:
+        saved = {"files": [*new, *rest], "features": torch.stack([*new.values(), *rest.values()])}
         atomic_write(path, lambda file: torch.save(saved, file))
 
 
@@ -399,8 +385,7 @@ def open_subject(args, device, rank, world):
     """Load the checkpoint, and say what it is. ValueError: it does not load."""
     source, folder = args.checkpoint, args.output_dir
     loaded = rank0_first(lambda: load_backbone(source, args.network, args.num_heads))
-    trained_with = loaded.trained_with
-    data = args.data_path or trained_with.get("data_path") or trained_with.get("data")
+    data = args.data_path or loaded.trained_with.get("data_path")
     if folder is None:
         folder = Path(".") if source in RELEASED else Path(source).parent
     folder.mkdir(parents=True, exist_ok=True)

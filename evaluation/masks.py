@@ -163,10 +163,6 @@ def jaccard(masks, objects, void):
     return intersection / union
 
 
-class OtherShape(ValueError):
-    """A mask is not of its image."""
-
-
 def fit_to_patches(image, short, patch_size):
     """Resize uint8 [c, h, w] to a short side near short, and crop each side to whole patches.
 
@@ -177,19 +173,14 @@ def fit_to_patches(image, short, patch_size):
     return image[:, : h // patch_size * patch_size, : w // patch_size * patch_size]
 
 
-def read_objects(images, i, short, patch_size):
+def fit_objects(image, mask, short, patch_size):
     """Return (image, objects, void), uint8 [3, h, w] and bool [o, h, w] and [h, w], all fit.
 
-    None: it shows no object. OtherShape: that of the mask, but for its scale. Whatever a decoder
-    may raise: the image or its mask cannot be read.
+    None: it shows no object. ValueError: the mask is of another shape than the image, up to scale.
     """
-    image, mask = images[i], images.mask(i)
-    if mask is None:
-        return None
     (h, w), (mask_h, mask_w) = image.shape[1:], mask.shape
     if abs(mask_w - w * mask_h / h) > 1 and abs(mask_h - h * mask_w / w) > 1:
-        sizes = f"is of {w} x {h} pixels, its mask of {mask_w} x {mask_h}"
-        raise OtherShape(f"{images.name(i)!r} {sizes}")
+        raise ValueError(f"it is of {w} x {h} pixels, its mask of {mask_w} x {mask_h}")
     mask = resize_mask(mask, h, w)
     image = fit_to_patches(image, short, patch_size)
     numbers = numbers_in(mask)
@@ -215,17 +206,19 @@ def attention_masks(networks, images, device, short, mass=0.6, rank=0, world=1):
     """
     sums = torch.zeros(len(images), len(networks), 1 + networks[0].num_heads, dtype=torch.double)
     counts = torch.zeros(len(images), dtype=torch.long)
-    reason = ""
+    reason, patch_size = "", networks[0].patch_size
     for i in track(range(rank, len(images), world), "images", math.ceil(len(images) / world)):
         try:
-            found = read_objects(images, i, short, networks[0].patch_size)
-        except OtherShape:
-            raise
+            image, mask = images[i], images.mask(i)
         except Exception as error:  # whatever a decoder may raise
             why = f"{images.name(i)!r}: {first_line(error)}"
             reason = reason or f" (the first that cannot be read, {why})"
             continue
-        if found is not None:
+        try:
+            found = None if mask is None else fit_objects(image, mask, short, patch_size)
+        except ValueError as error:
+            raise ValueError(f"{images.name(i)!r}: {error}") from None
+        if found:
             image, objects, void = found
             kept = [kept_pixels(network, image, device, mass) for network in networks]
             index = torch.stack([jaccard(masks, objects, void).double() for masks in kept])

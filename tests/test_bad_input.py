@@ -101,7 +101,7 @@ def put_checkpoints(place):
     torch.save(export(backbone), place / "bare.pth")
     torch.save(export(backbone), place / "good" / "features.pth")  # a name that we write, too
     teacher = train.Network(backbone, DINOHead(backbone.embed_dim, 8, 8, 4)).state_dict()
-    torch.save({"teacher": teacher, "args": {"data": "gone"}}, place / "gone.pth")
+    torch.save({"teacher": teacher, "args": {"data_path": "gone"}}, place / "gone.pth")
     torch.save(resnet50().state_dict(), place / "resnet.pth")
     torch.save({"weight": torch.zeros(3)}, place / "foreign.pth")
     (place / "text.pth").write_text("no weights")

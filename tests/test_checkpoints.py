@@ -116,14 +116,13 @@ def test_for_a_foreign_file_the_number_of_heads_is_an_assumption_and_said(
     assert told.backbone.num_heads == heads and "assumption" not in told.description
 
 
-@pytest.mark.parametrize("said", [{}, {"architecture": {"heads": 4, "trained_at": 16}}])
-def test_checkpoints_of_other_formats_still_load_but_are_no_run_to_resume(tmp_path, said):
+def test_checkpoints_of_other_formats_still_load_but_are_no_run_to_resume(tmp_path):
     run("--steps 1 --knn_every 0", tmp_path)
     saved = torch.load(tmp_path / "last.pth", weights_only=True)
     del saved["num_heads"]
-    torch.save(saved | {"format": 2} | said, tmp_path / "old.pth")
+    torch.save(saved | {"format": 2}, tmp_path / "old.pth")
     old, new = load_backbone(tmp_path / "old.pth"), load_backbone(tmp_path / "last.pth")
-    assert old.backbone.num_heads == 4 and ("assumption" not in old.description or not said)
+    assert "assumption" in old.description and "assumption" not in new.description
     assert torch.equal(old.backbone(IMAGES), new.backbone(IMAGES))
     os.replace(tmp_path / "old.pth", tmp_path / "last.pth")
     with pytest.raises(ValueError, match="no run to resume, or of another version: choose"):
@@ -259,7 +258,7 @@ def wrong_checkpoints(path):
     ]
 
 
-@pytest.mark.parametrize("said", [{"args": None}, {"args": "vit"}, {"architecture": "vit_small"}])
+@pytest.mark.parametrize("said", [{"args": None}, {"args": "vit"}])
 def test_a_foreign_file_may_say_other_things_where_we_look(tmp_path, said):
     backbone = backbone_of("vit_micro", 8, 16).eval()
     torch.save({"model": backbone.state_dict()} | said, tmp_path / "a.pth")

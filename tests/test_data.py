@@ -151,7 +151,7 @@ def test_an_empty_held_out_split_is_left_out(tmp_path, capsys):
     (tmp_path / "val" / "a").mkdir(parents=True)
     train, val = load_splits(tmp_path)
     assert len(train) == 2 and val is None
-    assert "note: the held-out split is left out: no images below" in capsys.readouterr().out
+    assert "val' holds no image, and is left out" in capsys.readouterr().out
 
 
 def test_images_that_are_nearly_black_are_said(tmp_path, capsys):

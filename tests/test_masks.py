@@ -15,10 +15,10 @@ from evaluation import masks
 from evaluation.features import attention_maps, keep_mass
 from evaluation.masks import (
     attention_masks,
+    fit_objects,
     jaccard,
     load_with_masks,
     read_mask,
-    read_objects,
     resize_mask,
     voc_palette,
     write_mask,
@@ -314,7 +314,7 @@ def test_masks_of_the_same_names_in_another_folder_of_another_size(tmp_path):
     box.save(tmp_path / "masks" / "x" / "1.png")
     images = load_with_masks(tmp_path / "images", tmp_path / "masks")
     assert images.paths == ["x/1.jpg"]
-    _, objects, _ = read_objects(images, 0, 30, 5)
+    _, objects, _ = fit_objects(images[0], images.mask(0), 30, 5)
     wanted = torch.zeros(1, 30, 40, dtype=torch.bool)
     wanted[0, 10:20, 10:20] = True
     assert torch.equal(objects, wanted)
@@ -339,7 +339,7 @@ def test_a_mask_of_another_shape_is_an_error_and_one_turned_like_its_image_is_no
     assert images[0].shape[1:] == wanted.shape and torch.equal(images.mask(0), wanted)
     mask.crop((0, 0, 32, 32)).save(tmp_path / "masks" / "a.png")
     backbone = backbone_of("vit_micro", 8, 16)
-    with pytest.raises(ValueError, match="a.jpg' is of 32 x 40 pixels, its mask of 32 x 32"):
+    with pytest.raises(ValueError, match="a.jpg': it is of 32 x 40 pixels, its mask of 32 x 32"):
         masks.attention_masks([backbone], images, CPU, 32)
 
 

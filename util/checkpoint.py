@@ -164,14 +164,10 @@ def load_backbone(source, network="teacher", num_heads=None):
     assumed = ""
     try:
         if "layer4.0.conv1.weight" in state:
-            size = trained_with.get("global_crops_size") or trained_with.get("global_size", 224)
-            backbone = resnet50(size)
+            backbone = resnet50(trained_with.get("global_crops_size", 224))
         else:
             dim = len(state["patch_embed.proj.weight"])
-            older = checkpoint.get("architecture")  # in which ours kept it before
             saved = checkpoint.get("num_heads")
-            if isinstance(older, dict):
-                saved = older.get("heads")
             if num_heads and saved and num_heads != saved:
                 raise ValueError(f"it says {saved} heads: leave --num_heads {num_heads} out")
             if not (num_heads or saved):

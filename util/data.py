@@ -194,13 +194,10 @@ def load(name, split="train"):
         names = ", ".join(TORCHVISION)
         raise ValueError(f"no folder {str(name)!r}; the built-in data sets are shapes, {names}")
     folder = split_folder(name, split)
-    try:
-        return None if folder is None else Folder(folder)
-    except ValueError as error:
-        if split == "train":
-            raise
-        say(f"note: the held-out split is left out: {error}")
-        return None
+    if folder and split == "val" and not image_paths(folder)[0]:
+        say(f"note: {str(folder)!r} holds no image, and is left out")
+        folder = None
+    return folder and Folder(folder)
 
 
 def load_splits(name):
