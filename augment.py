@@ -5,8 +5,9 @@
     photometry    the rest, a batch at a time on the training device: flip, color jitter, gray,
                   blur, solarize, normalise, with the parameters that MultiCrop has drawn for each
 
-The distribution is that of the reference code's per-image pipeline, but for the blur, which Pillow
-approximates. Every draw comes from the generator passed in. Axes: b batch, v views, c channel.
+The distribution is that of the reference code's per-image pipeline; Pillow approximates the blur,
+and rounds after each operation. Every draw comes from the generator passed in. Axes: b batch,
+v views, c channel.
 """
 
 import math
@@ -21,7 +22,8 @@ from einops import rearrange
 
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
 BRIGHTNESS, CONTRAST, SATURATION, NOTHING = range(4)
-# The 24 orders of the jitter: three of these, and before which of them hue comes; last, none.
+# The 24 orders of the jitter: the first three of these, and the place at which hue is inserted (0
+# to 3); the last row is no jitter.
 ORDERS = [(*three, turn) for three in permutations(range(3)) for turn in range(4)]
 ORDERS = np.array([*ORDERS, (NOTHING, NOTHING, NOTHING, -1)])
 BICUBIC = dict(mode="bicubic", antialias=True)
@@ -126,18 +128,18 @@ def photometry(crops, drawn):
     # On a CPU parts that fit its cache take half the time; the result is the same.
     part = max(1, 2**20 // math.prod(crops.shape[1:])) if crops.device.type == "cpu" else len(crops)
     starts = range(0, len(crops), part)
-    parts = [change_colors(crops[i : i + part], *drawn[i : i + part].T) for i in starts]
+    parts = [apply_drawn(crops[i : i + part], *drawn[i : i + part].T) for i in starts]
     return rearrange(torch.cat(parts), "(v b) c h w -> v b c h w", v=v)
 
 
-def change_colors(crops, flip, brightness, contrast, saturation, hue, order, gray, sigma, invert):
+def apply_drawn(crops, flip, brightness, contrast, saturation, hue, order, gray, sigma, solarized):
     """uint8 [b, 3, h, w], and what was drawn [b] -> float32 [b, 3, h, w], normalised."""
     x = crops / 255
     change(x, flip > 0, lambda x: x.flip(-1))
     color_jitter(x, brightness, contrast, saturation, hue, order)
     change(x, gray > 0, grayscale)
     change(x, sigma > 0, gaussian_blur, sigma)
-    change(x, invert > 0, solarize)
+    change(x, solarized > 0, solarize)
     return normalize(x)
 
 
@@ -196,7 +198,7 @@ def adjust_hue(x, turns):
 
 
 def gaussian_blur(x, sigma, radius=6):
-    """Convolve with exp(-r^2 / (2 sigma^2)); sigma is an array [b], radius 3 x 2, the largest."""
+    """Convolve with exp(-r^2 / (2 sigma^2)); sigma is an array [b], of at most 2 = radius / 3."""
     radius = min(radius, x.shape[2] - 1, x.shape[3] - 1)
     r = np.arange(-radius, radius + 1)
     taps = np.exp(-0.5 * (r / sigma[:, None]) ** 2)

@@ -45,8 +45,9 @@ def dino_loss(student, p_t, student_temp):
     log_p_s = F.log_softmax(student.float() / student_temp, dim=-1)  # Eq. 1 for the student
     total = 0.0
     for i, p in enumerate(p_t.unbind()):
-        h = -(p * log_p_s).sum((1, 2)) / len(p)  # Eq. 2 with each of the student's views, [v]
-        total = total + h.sum() - h[i]  # the same view of the image is skipped
+        # Eq. 2 with each of the student's views, [v]; the same view of the image is skipped
+        cross_entropies = -(p * log_p_s).sum(-1).mean(-1)
+        total = total + cross_entropies.sum() - cross_entropies[i]
     return total / (len(p_t) * (len(student) - 1))
 
 

@@ -77,7 +77,7 @@ def build_optimizer(name, student):
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
-    for p in trained:  # torch would make no buffers for what is frozen at its first step
+    for p in trained:  # made now: torch makes none for what has no gradient at its first step
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
@@ -102,9 +102,9 @@ def schedules(args, steps_per_epoch, global_batch):
 
 
 def clip_gradients(gradients, clip_grad):
-    """Shorten each parameter's gradient by itself to a norm of clip_grad (0: any norm).
+    """Shorten each gradient by itself to a norm of clip_grad (0: any), as nn.utils.clip_grad_norm_.
 
-    Return the norm of all gradients together, before. More often it is that norm that is clipped.
+    Return the norm of all of them together, before clipping. Most code clips that one instead.
     """
     norms = torch.stack(torch._foreach_norm(gradients))
     if clip_grad:
@@ -159,8 +159,9 @@ def train(args, device, rank, world):
             # the views: [2, b, 3, g, g] global and [v - 2, b, 3, l, l] local
             views = [photometry(crops.to(device, non_blocking=True), drawn)
                      for crops, drawn in next(loader)]  # fmt: skip
-            last = micro + 1 == args.accumulate  # DDP averages gradients in the last backward alone
-            with nullcontext() if last or world == 1 else model.no_sync():
+            # DDP averages gradients in the last backward alone
+            synced = world == 1 or micro + 1 == args.accumulate
+            with nullcontext() if synced else model.no_sync():
                 # the teacher sees the two global views, the student all views
                 with autocast(device, dtype):
                     with torch.inference_mode():

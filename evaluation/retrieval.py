@@ -229,7 +229,7 @@ def evaluate(args, subject):
     file = getattr(args, "file", None)
     if file and not (file.suffix in (".pth", ".npy") and file.absolute().parent.is_dir()):
         raise ValueError(f"--file {file} must end in .pth or .npy, and its folder be there")
-    if file and file.exists():
-        raise ValueError(f"--file {file} is there already: choose another name")
+    if file and (file.exists() or file.with_suffix(".txt").exists()):
+        raise ValueError(f"--file {file}: it or its .txt is there already, choose another name")
     functions = {"search": search, "copies": find_copies, "features": write_features}
     return functions[args.command](args, subject)

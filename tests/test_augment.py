@@ -109,7 +109,7 @@ def test_gray_solarize_flip_and_normalisation_are_torchvisions():
     expected = [tv.rgb_to_grayscale(crops[0], 3), tv.solarize(crops[1], 128)]
     expected = torch.stack([*expected, tv.horizontal_flip(crops[2]), crops[3]]) / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    views = augment.change_colors(crops, *drawn.T)
+    views = augment.apply_drawn(crops, *drawn.T)
     close(views * std[:, None, None] + mean[:, None, None], expected)
 
 
@@ -122,7 +122,7 @@ def test_photometry_treats_each_view_of_each_image_by_itself():
     got = photometry(crops, drawn)
     assert got.shape == (2, 4, 3, 224, 224) and got.dtype == torch.float32
     for b, v in product(range(4), range(2)):
-        expected = augment.change_colors(crops[b, v][None], *drawn[b, v, :, None].numpy())[0]
+        expected = augment.apply_drawn(crops[b, v][None], *drawn[b, v, :, None].numpy())[0]
         torch.testing.assert_close(got[v, b], expected, rtol=0, atol=1e-5)
 
 

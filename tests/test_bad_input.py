@@ -284,7 +284,7 @@ OTHERS = [
     ("evaluate.py export bare.pth nowhere/out.pth", "nowhere/out.pth"),
     ("evaluate.py export bare.pth empty", "empty"),
     ("evaluate.py export bare.pth foreign.pth", "foreign.pth is there already"),
-    ("evaluate.py features bare.pth --data good --file bare.pth", "bare.pth is there already"),
+    ("evaluate.py features bare.pth --data good --file bare.pth", "bare.pth: it or its .txt is"),
     ("evaluate.py features good/features.pth --data good", "is what this command reads"),
     ("evaluate.py knn bare.pth --data good --num_heads 0", "--num_heads: 0 must be positive"),
     ("evaluate.py knn bare.pth --data good --num_heads -2", "--num_heads: -2 must be positive"),

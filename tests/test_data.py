@@ -112,6 +112,9 @@ def test_a_class_may_be_called_like_a_split(tmp_path):
         describe_images(images)
     )
     assert split_folder(place, "train") == place and split_folder(place, "val") is None
+    (tmp_path / "systems" / "docs").mkdir(parents=True)  # without images it is no class
+    put(tmp_path / "systems", "runs/x/curves.png")
+    (tmp_path / "systems" / "runs" / "x" / "log.jsonl").touch()
     put(tmp_path / "systems", "train/a/1.png", "val/a/1.png", "@eaDir/1.png", "lost+found/1.png")
     assert split_folder(tmp_path / "systems", "val") == tmp_path / "systems" / "val"
 

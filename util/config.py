@@ -21,8 +21,6 @@ import torch
 from util.misc import INPUTS, clear_progress
 from vit import ARCHITECTURES
 
-# ---- the types of flags ----
-
 
 def number(kind, positive=False, most=math.inf):
     """Return the type of a flag: an int or float, finite, not negative and at most `most`."""
@@ -36,7 +34,7 @@ def number(kind, positive=False, most=math.inf):
             raise argparse.ArgumentTypeError(f"{text} must not be above {most}")
         return value
 
-    read.__name__ = kind.__name__  # as argparse calls it where it is none
+    read.__name__ = kind.__name__  # argparse prints it: invalid float value
     return read
 
 
@@ -50,9 +48,6 @@ def true_or_false(text):
 count, natural = number(int, positive=True), number(int)
 positive, not_negative = number(float, positive=True), number(float)
 share, positive_share = number(float, most=1), number(float, positive=True, most=1)
-
-# ---- the recipes ----
-
 PAPER = {  # flag: (the paper's value, its type, what it is)
     # network
     "patch_size": (16, count, "side of a patch in pixels"),
@@ -112,8 +107,8 @@ RECIPES = {  # architecture: (name of its recipe, where that differs from the pa
     "vit_mini": ("photographs on a small machine", PHOTOS),
     "resnet50": ("the paper's for ResNet-50", RESNET),
 }
-PHOTOS_SEEN = 640_000  # images in all that the recipe for photographs trains on, whatever their
-MOST_EPOCHS = 250  # number, but each at most so often
+PHOTOS_SEEN = 640_000  # images that the recipe for photographs sees in a whole run, in
+MOST_EPOCHS = 250  # at most so many epochs
 
 SHORT = {  # short forms of flags
     "patch_size": "--patch",
@@ -162,7 +157,7 @@ def add_training_flags(parser):
     add("--use_fp16", dest="amp", default=argparse.SUPPRESS, metavar="true|false",
         type=lambda text: "fp16" if true_or_false(text) else "off",
         help="the reference code's form of --amp fp16 or off")  # fmt: skip
-    add("--use_bn_in_head", choices=["false"], default=argparse.SUPPRESS,
+    add("--use_bn_in_head", type=str.lower, choices=["false"], default=argparse.SUPPRESS,
         help="true is not built here: the paper's heads have no batch norm")  # fmt: skip
     add_device_flag(parser)
     add_flag(parser, "num_workers", type=natural, help="processes that load images (default: up to "

@@ -162,9 +162,10 @@ def is_split(name):
 def split_folder(root, split):
     """Return the folder that holds a split, or None if there is no such split.
 
-    A root like ImageNet's has splits if each folder in it is named as in TRAINING and HELD_OUT; a
-    root that is itself such a training folder may have the others beside it. Without these, the
-    whole root is the training split; of one like Pascal VOC's or DAVIS's it is the photographs.
+    A root like ImageNet's has splits if each folder of images in it is named as in TRAINING and
+    HELD_OUT; a root that is itself such a training folder may have the others beside it. Without
+    these, the whole root is the training split; of one like Pascal VOC's or DAVIS's it is the
+    photographs.
     """
     root = Path(root).absolute()
     if (root / "JPEGImages").is_dir():
@@ -175,7 +176,8 @@ def split_folder(root, split):
         names = {path.name.lower(): path for path in folders if is_split(path.name)}
         training = [names[name] for name in TRAINING if name in names]
         held_out = [names[name] for name in HELD_OUT if name in names]
-        if training and len(names) == len(folders):
+        others = [path for path in folders if not is_split(path.name)]
+        if training and not any(image_paths(path)[0] for path in others):
             found = training if split == "train" else held_out
             return root if root in found else next(iter(found), None)
     return root if split == "train" else None
@@ -226,6 +228,8 @@ def load_labelled(data, held_out=False):
     """
     train, val = load(data, "train"), load(data, "val")
     for name, images in ((repr(data), train), (f"the held-out split of {data!r}", val)):
+        if images is not None and images.note:
+            say(f"note: {name}: {images.note}")
         if images is not None and images.labels is None:
             note = f" ({images.note})" if images.note else ""
             raise ValueError(f"{name} has no labels: put each class into a folder of its own{note}")

@@ -62,7 +62,7 @@ class Shapes:
         return self.painted[number]
 
     def objects(self, rng):
-        """Draw an object for each image of a block: one row of what paint() takes."""
+        """Return what paint() takes, with one object an image."""
         points = self.outlines(rng, self.block)
         largest = abs(points).max(1) + 1
         x, y = rng.uniform(largest, self.size - largest, (2, self.block))
@@ -133,7 +133,7 @@ class ShapesFilm(Shapes):
 
     def objects(self, rng):
         """Draw the film's objects, each of which swings from edge to edge."""
-        drawn, each = [], np.ones(self.block)
+        drawn = []
         for rim in rng.permutation(RIM_HUES)[: len(self.numbers)] / RIM_HUES:
             points = 0.75 * self.outlines(rng, 1)
             largest = abs(points).max() + 1
@@ -141,7 +141,8 @@ class ShapesFilm(Shapes):
             swing = (1 + np.sin(start + speed * np.arange(self.block))) / 2
             x, y = largest + (self.size - 2 * largest) * swing
             core = rim + rng.integers(len(self.classes)) / len(self.classes)
-            drawn.append((x + 1j * y, points, rim * each, core * each, 0.6 * each))
+            same = [np.full(self.block, value) for value in (rim, core, 0.6)]
+            drawn.append((x + 1j * y, points, *same))
         return drawn
 
 
