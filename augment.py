@@ -155,9 +155,8 @@ def change(x, mask, operation, *parameter):
 
 
 def to_device(values, x):
-    """Bring an array [...] to the device of x, as float32 [..., 1, 1, 1]."""
-    values = torch.from_numpy(values[..., None, None, None].astype(np.float32))
-    return values.to(x.device, non_blocking=True)
+    """Bring an array to the device of x, as float32."""
+    return torch.from_numpy(values.astype(np.float32)).to(x.device, non_blocking=True)
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, order):
@@ -165,7 +164,8 @@ def color_jitter(x, brightness, contrast, saturation, hue, order):
     *three, hue_turn = ORDERS[order.astype(int)].T
     factors = np.choose(three, [brightness, contrast, saturation, np.ones_like(order)])
     weights = np.stack([1 - factors, np.equal(three, CONTRAST), np.equal(three, SATURATION)], 1)
-    for turn, (weight, to_mean, to_luma) in enumerate(to_device(weights, x)):
+    weights = to_device(weights[..., None, None, None], x)
+    for turn, (weight, to_mean, to_luma) in enumerate(weights):
         change(x, hue_turn == turn, adjust_hue, hue)
         # factor x + (1 - factor) target: the target of brightness is 0, that of contrast the mean
         # luma of the image, that of saturation the luma itself, pixel by pixel
@@ -190,10 +190,10 @@ def adjust_hue(x, turns):
     nearer slope, carried on: turning moves along it, and the clamp restores the plateaus.
     """
     r, g, b = x.split(1, 1)
-    low, high = x.aminmax(dim=1, keepdim=True)
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     middle = x.sum(1, keepdim=True) - low - high
     slope = torch.cat([b - g, r - b, g - r], 1).sign_()  # 1 rising, -1 falling, 0: either will do
-    moved = to_device(6 * turns, x) * (high - low)
+    moved = to_device(6 * turns[:, None, None, None], x) * (high - low)
     return slope.mul_(moved).add_(x, alpha=2).sub_(middle).clamp_(low, high)
 
 
@@ -203,7 +203,7 @@ def gaussian_blur(x, sigma, radius=6):
     r = np.arange(-radius, radius + 1)
     taps = np.exp(-0.5 * (r / sigma[:, None]) ** 2)
     taps = np.repeat(taps / taps.sum(1, keepdims=True), 3, axis=0)
-    taps = rearrange(to_device(taps, x), "g r 1 1 1 -> g 1 r 1")
+    taps = to_device(taps[:, None, :, None], x)
     x = F.pad(x, (radius, radius, radius, radius), mode="reflect")
     x = rearrange(x, "b c h w -> 1 (b c) h w")  # each channel a group of its own
     x = F.conv2d(x, taps, groups=len(taps))

@@ -90,7 +90,7 @@ def cosine_schedule(steps, start, end, warmup=0):
 
 
 def schedules(args, steps_per_epoch, global_batch):
-    """Return (learning rate, weight decay, lambda, tau_t) of each step, section 3.2."""
+    """Return learning rate, weight decay, lambda and tau_t of each step, [steps, 4] (3.2)."""
     steps, warmup = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
     lr = cosine_schedule(steps, args.lr * global_batch / 256, args.min_lr, warmup)
     weight_decay = cosine_schedule(steps, args.weight_decay, args.weight_decay_end)
@@ -98,14 +98,15 @@ def schedules(args, steps_per_epoch, global_batch):
     # tau_t changes once an epoch
     rise = np.linspace(args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs)
     teacher_temp = np.repeat([*rise, *[args.teacher_temp] * args.epochs], steps_per_epoch)[:steps]
-    return np.stack([lr, weight_decay, momentum, teacher_temp], axis=1).tolist()
+    return np.stack([lr, weight_decay, momentum, teacher_temp], axis=1)
 
 
-def clip_gradients(gradients, clip_grad):
+def clip_gradients(parameters, clip_grad):
     """Shorten each gradient by itself to a norm of clip_grad (0: any), as nn.utils.clip_grad_norm_.
 
     Return the norm of all of them together, before clipping. Most code clips that one instead.
     """
+    gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
     if clip_grad:
         factors = (clip_grad / (norms + 1e-6)).clamp(max=1)
@@ -149,7 +150,7 @@ def train(args, device, rank, world):
         epoch_ends = done % sampler.steps_per_epoch == 0
 
         # schedules
-        lr, weight_decay, momentum, teacher_temp = schedule[step]
+        lr, weight_decay, momentum, teacher_temp = schedule[step].tolist()
         for group in optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
@@ -183,8 +184,7 @@ def train(args, device, rank, world):
 
         # update the student; its last layer is frozen at first
         scaler.unscale_(optimizer)
-        gradients = [p.grad for p in student.parameters() if p.grad is not None]
-        grad_norm = clip_gradients(gradients, args.clip_grad)
+        grad_norm = clip_gradients(student.parameters(), args.clip_grad)
         if step < args.freeze_last_layer * sampler.steps_per_epoch:
             for p in student.head.last_layer.parameters():
                 p.grad = None

@@ -55,7 +55,7 @@ def draw_schedules(args, path):
     train = importlib.import_module("train")  # which itself draws with visualize.py
     names = ("lr", "weight_decay", "momentum", "teacher_temp")
     lines = []
-    for step, values in enumerate(train.schedules(args, steps_per_epoch=10, global_batch=256)):
+    for step, values in enumerate(train.schedules(args, 10, global_batch=256).tolist()):
         lines.append({"epoch": step / 10} | dict(zip(names, values)))
     draw_curves(lines, path, {
         "learning rate for 256 images a step": ({"lr": None}, {}),
@@ -124,7 +124,7 @@ def targets(args, path):
         logits = head(features)[None]
     step, epoch = checkpoint["step"], checkpoint["epoch"]
     schedule = importlib.import_module("train").schedules(trained, round(step / epoch), 256)
-    *_, teacher_temp = schedule[step - 1]
+    *_, teacher_temp = schedule[step - 1].tolist()
     draw_targets(logits, checkpoint["center"], trained.student_temp, teacher_temp, path)
 
 

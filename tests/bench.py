@@ -121,7 +121,8 @@ def textbook_steps(args, device, batches):
     """Take args.steps plain steps with the rates of our first: (student, teacher, centre)."""
     student, teacher = train.build_networks(args, device, world=1)
     center, m = torch.zeros(args.out_dim, device=device), args.center_momentum
-    lr, decay, momentum, teacher_temp = train.schedules(args, 1, args.batch_size_per_gpu)[0]
+    schedule = train.schedules(args, 1, args.batch_size_per_gpu)
+    lr, decay, momentum, teacher_temp = schedule[0].tolist()
     optimizer = torch.optim.AdamW(student.parameters(), lr, weight_decay=decay, foreach=False)
     for (big, _), (small, _) in islice(batches, args.steps):
         with autocast(device, amp_dtype(args.amp, device)):

@@ -188,13 +188,13 @@ def test_a_term_beside_the_loss_is_not_taken_for_kl(tmp_path):
 
 
 def test_each_gradient_is_clipped_by_itself():
-    long, short = torch.tensor([[3.0, 4.0]]), torch.tensor([0.6, 0.8])
-    norm = train.clip_gradients([long, short], 2)
-    assert norm == pytest.approx(26**0.5)
-    torch.testing.assert_close(long, torch.tensor([[1.2, 1.6]]))
-    assert torch.equal(short, torch.tensor([0.6, 0.8]))
-    assert train.clip_gradients([long, short], 0) == pytest.approx(5**0.5)
-    torch.testing.assert_close(long, torch.tensor([[1.2, 1.6]]))
+    long, short, without = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    long.grad, short.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.6, 0.8])
+    assert train.clip_gradients([long, short, without], 2) == pytest.approx(26**0.5)
+    torch.testing.assert_close(long.grad, torch.tensor([1.2, 1.6]))
+    assert torch.equal(short.grad, torch.tensor([0.6, 0.8]))
+    assert train.clip_gradients([long, short, without], 0) == pytest.approx(5**0.5)
+    torch.testing.assert_close(long.grad, torch.tensor([1.2, 1.6]))
 
 
 def test_another_configuration_is_refused_by_name(tmp_path):
