@@ -5,9 +5,8 @@
     photometry    the rest, a batch at a time on the training device: flip, color jitter, gray,
                   blur, solarize, normalise, with the parameters that MultiCrop has drawn for each
 
-The distribution is that of the reference code's per-image pipeline; Pillow approximates the blur,
-and rounds after each operation. Every draw comes from the generator passed in. Axes: b batch,
-v views, c channel.
+The distribution is the reference code's, where Pillow approximates the blur and rounds after each
+operation. Every draw comes from the generator passed in. Axes: b batch, v views, c channel.
 """
 
 import math
@@ -22,11 +21,9 @@ from einops import rearrange
 
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
 BRIGHTNESS, CONTRAST, SATURATION, NOTHING = range(4)
-# The 24 orders of the jitter: the first three of these, and the place at which hue is inserted (0
-# to 3); the last row is no jitter.
+# 24 orders of the jitter: three of these, and the place (0 to 3) where hue goes in; last, no jitter
 ORDERS = [(*three, turn) for three in permutations(range(3)) for turn in range(4)]
 ORDERS = np.array([*ORDERS, (NOTHING, NOTHING, NOTHING, -1)])
-BICUBIC = dict(mode="bicubic", antialias=True)
 
 
 class View(NamedTuple):
@@ -62,14 +59,14 @@ def random_box(height, width, scale, rng: Random, ratio=(3 / 4, 4 / 3)):
 
 def resize(image, height, width):
     """Resize uint8 [c, h, w] to [c, height, width]: bicubic with antialiasing, as Pillow does."""
-    return F.interpolate(image[None], (height, width), **BICUBIC)[0]
+    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
 
 
 def random_resized_crop(image, size, scale, rng: Random):
     """Crop a random box out of uint8 [3, h, w], an array, and resize it: [1, 3, size, size]."""
     top, left, h, w = random_box(*image.shape[1:], scale, rng)
     box = torch.from_numpy(image[None, :, top : top + h, left : left + w])
-    return F.interpolate(box, (size, size), **BICUBIC)
+    return F.interpolate(box, (size, size), mode="bicubic", antialias=True)
 
 
 class MultiCrop:
@@ -144,10 +141,7 @@ def apply_drawn(crops, flip, brightness, contrast, saturation, hue, order, gray,
 
 
 def change(x, mask, operation, *parameter):
-    """Apply an operation to some of x [b, 3, h, w], in place; mask and parameter are arrays [b].
-
-    Arrays are on the host, so that nothing is read back from the device.
-    """
+    """Apply an operation to some of x [b, 3, h, w], in place; mask, parameter: host arrays [b]."""
     here = np.flatnonzero(mask)
     if len(here):
         index = torch.from_numpy(here).to(x.device, non_blocking=True)
