@@ -267,11 +267,12 @@ def made_by(backbone, how):
 
 def as_it_is(path):
     """Return a file's (path, size, time of change, inode), or zeros for one that is gone."""
+    name = os.path.realpath(path)
     try:
-        stat = os.stat(path)
+        stat = os.stat(name)
     except OSError:
-        return os.path.realpath(path), 0, 0, 0
-    return os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino  # names are changed
+        return name, 0, 0, 0
+    return name, stat.st_size, stat.st_mtime_ns, stat.st_ino  # folders may exchange names
 
 
 def recall(path):

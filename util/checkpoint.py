@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from util.config import starts_anew
 from util.misc import first_line
 from vit import ARCHITECTURES, ViT
 
@@ -243,7 +244,7 @@ def start_from(args):
     another architecture.
     """
     backbone = build_backbone(args)
-    goes_on = (args.output_dir / "last.pth").exists() and not args.overwrite
+    goes_on = (args.output_dir / "last.pth").exists() and not starts_anew(args)
     if goes_on or not args.init:
         return backbone
     if Path(args.init).resolve().parent == args.output_dir.resolve():

@@ -212,6 +212,11 @@ def with_length(args, images):
     return argparse.Namespace(**vars(args) | length)
 
 
+def starts_anew(args):
+    """Return whether --overwrite holds: after a restart by torchrun a run goes on."""
+    return args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+
 def crop_settings(args):
     """Return what augment.MultiCrop is made with."""
     sizes = args.global_crops_size, args.local_crops_size, args.local_crops_number

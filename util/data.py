@@ -196,10 +196,13 @@ def load(name, split="train"):
         names = ", ".join(TORCHVISION)
         raise ValueError(f"no folder {str(name)!r}; the built-in data sets are shapes, {names}")
     folder = split_folder(name, split)
-    if folder and split == "val" and not image_paths(folder)[0]:
+    try:
+        return folder and Folder(folder)
+    except ValueError:
+        if split == "train":
+            raise
         say(f"note: {str(folder)!r} holds no image, and is left out")
-        folder = None
-    return folder and Folder(folder)
+        return None
 
 
 def load_splits(name):

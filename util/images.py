@@ -20,8 +20,8 @@ from PIL import Image, ImageOps, ImageSequence, PngImagePlugin
 from util.misc import atomic_write, first_line, say, track
 
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # recognised by Pillow, but no more
-SYSTEMS = "__MACOSX @eaDir #recycle $RECYCLE.BIN lost+found Thumbs.db desktop.ini".split()
-SYSTEMS.append("System Volume Information")
+SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information",
+           "lost+found", "Thumbs.db", "desktop.ini")  # fmt: skip
 OUR_PICTURE = re.compile(r"(.+_attention|search|copies|crops|targets|schedules)\.(png|gif)")
 Image.MAX_IMAGE_PIXELS = 2**27  # twice as many, more than any camera's, are refused
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30  # text is passed over

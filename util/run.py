@@ -8,7 +8,6 @@ Its watch for collapse is stop 10 of docs/tour.md.
 import contextlib
 import json
 import math
-import os
 import signal
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 from util.checkpoint import load_checkpoint
-from util.config import summary
+from util.config import starts_anew, summary
 from util.data import fingerprint, unreadable
 from util.distributed import all_reduce_max, all_reduce_sum
 from util.misc import STOP_SIGNALS, Progress, append_json, atomic_write, minutes, say
@@ -78,8 +77,7 @@ class Run:
         path = self.folder / "last.pth"
         if self.is_main:
             self.lock = hold_folder(self.folder)
-        # --overwrite starts anew, but a restart by torchrun goes on
-        anew = self.args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        anew = starts_anew(self.args)
         if path.exists() and not anew:
             self.load(path)
         if all_reduce_max(self.first) != -all_reduce_max(-self.first):
