@@ -33,7 +33,7 @@ from loss import batch_center, dino_loss, entropies, sinkhorn, teacher_probabili
 from util import config
 from util.checkpoint import recompute_activations, start_from
 from util.data import BatchSampler, load_splits, view_loader
-from util.distributed import amp_dtype, autocast, grad_scaler, processes, rank0_first
+from util.distributed import amp_dtype, grad_scaler, processes, rank0_first
 from util.run import Run
 from visualize import draw_run, watch_attention
 
@@ -164,7 +164,7 @@ def train(args, device, rank, world):
             synced = world == 1 or micro + 1 == args.accumulate
             with nullcontext() if synced else model.no_sync():
                 # the teacher sees the two global views, the student all views
-                with autocast(device, dtype):
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     with torch.inference_mode():
                         t = teacher(views[0])
                     s = model(*views)

@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 
@@ -48,29 +47,27 @@ NOTE = "attention of the class token in the last block, from 0 to the largest va
 
 
 def attend(backbone, image, short=None):
-    """Return the attention maps of a uint8 image [3, h, w] of any size, on the host.
+    """Return (the part of an image [3, h, w] that makes whole patches, its attention maps).
 
-    The image is resized to the short side given (default: usual_size) and its last patches are
-    filled up with the edge's pixels, where the reference code crops. Returns (maps, (y, x)), where
-    y and x are the share of the maps that it covers. ValueError: it has more than MOST_PATCHES.
+    The image is seen at the short side given (default: usual_size), and cropped at its bottom and
+    right, as in the reference code. ValueError: it has more than MOST_PATCHES.
     """
-    p = backbone.patch_size
+    p, (height, width) = backbone.patch_size, image.shape[1:]
     h, w = fitted_size(image, short or usual_size(backbone), p)
-    x = resize(image, h, w)[None].to(backbone.cls_token.device)
-    down, right = -h % p, -w % p
-    x = F.pad(normalize(x.float() / 255), (0, right, 0, down), mode="replicate")
-    return attention_maps(backbone, x)[0].cpu(), (h / (h + down), w / (w + right))
+    rows, columns = max(1, h // p), max(1, w // p)
+    image = image[:, : round(height * rows * p / h), : round(width * columns * p / w)]
+    x = resize(image, rows * p, columns * p)[None].to(backbone.cls_token.device)
+    return image, attention_maps(backbone, normalize(x.float() / 255))[0].cpu()
 
 
-def panels(image, maps, covered, mass=0.6, smooth=False):
+def panels(image, maps, mass=0.6, smooth=False):
     """Return {title: panel}, each of the image's size: image, each head, mean of heads, mask."""
-    h, w = image.shape[1:]
-    mean = maps.mean(0, keepdim=True)
-    heats = upsample(torch.cat([maps, mean]), covered, h, w, smooth)
+    size, mean = image.shape[1:], maps.mean(0, keepdim=True)
+    heats = upsample(torch.cat([maps, mean]), *size, smooth)
     titles = [f"head {i + 1}" for i in range(len(maps))] + ["mean of heads"]
     row = {"image": rearrange(image, "c h w -> h w c")}
     row |= {title: overlay(image, heat) for title, heat in zip(titles, heats)}
-    mask = upsample(keep_mass(mean, mass), covered, h, w, smooth)[0] > 0.5
+    mask = upsample(keep_mass(mean, mass), *size, smooth)[0] > 0.5
     row["mask"] = cut_out(image, mask)
     return row
 
@@ -80,7 +77,8 @@ def draw_attention(backbone, images, path, sizes=(None,), mass=0.6, smooth=False
     rows = []
     for image in images:
         for short in sizes:
-            row = panels(shown(image), *attend(backbone, image, short), mass, smooth)
+            part, maps = attend(backbone, image, short)
+            row = panels(shown(part), maps, mass, smooth)
             if len(sizes) > 1:
                 row = {f"seen at {short} pixels": row.pop("image"), **row}
             rows.append(row)
@@ -109,7 +107,7 @@ def watch_attention(run, step):
     power_of_two = step & (step - 1) == 0
     if run.is_main and power_of_two and isinstance(backbone, ViT):
         few = few_images(run.val or run.images)
-        run.attention[step] = [attend(backbone, image) for image in few]
+        run.attention[step] = [attend(backbone, image)[1] for image in few]
 
 
 def draw_run(run):
@@ -121,22 +119,21 @@ def draw_run(run):
     if isinstance(backbone, ViT):
         few = few_images(run.val or run.images)
         draw_attention(backbone, few, run.folder / "attention.png")
-        last = {run.last: [attend(backbone, image) for image in few]}
-        draw_emergence(few, run.attention | last, run.folder / "emergence.png")
+        parts, maps = zip(*[attend(backbone, image) for image in few])
+        draw_emergence(parts, run.attention | {run.last: maps}, run.folder / "emergence.png")
 
 
 def draw_emergence(images, kept, path):
     """Draw the heads' mean for each image at the first and the last seven steps of `kept`.
 
-    kept: {step: what attend() gave for each of the images}.
+    images: as attend() crops them. kept: {step: the attention maps of each of the images}.
     """
     rows, steps = [], sorted(kept)
     for i, image in enumerate(images):
         image = shown(image)
         row = {"image": rearrange(image, "c h w -> h w c")}
         for step in steps[:1] + steps[1:][-7:]:
-            maps, covered = kept[step][i]
-            heat = upsample(maps.mean(0, keepdim=True), covered, *image.shape[1:])[0]
+            heat = upsample(kept[step][i].mean(0, keepdim=True), *image.shape[1:])[0]
             row[f"step {step}" if step else "before training"] = overlay(image, heat)
         rows.append(row)
     draw_panels(rows, path, f"{NOTE}; mean of the heads")
@@ -164,14 +161,14 @@ def draw_log(lines, path, out_dim):
 def side_by_side(backbone, film, args):
     """Yield (PIL image, milliseconds): each frame, its mean map and its mask beside one another.
 
-    All are of the first frame's size.
+    All are of the first frame's size, or what attend() leaves of it.
     """
     size = None
     for _, image, duration in film:
         size = size or image.shape[1:]
         image = resize(image, *size)
-        maps = attend(backbone, image, args.size[0])
-        row = panels(image, *maps, args.mass, args.smooth)
+        part, maps = attend(backbone, image, args.size[0])
+        row = panels(part, maps, args.mass, args.smooth)
         pixels = torch.cat([row["image"], row["mean of heads"], row["mask"]], 1)
         yield Image.fromarray(pixels.numpy()), duration
 

@@ -28,7 +28,7 @@ from augment import normalize, random_resized_crop, resize
 from util.checkpoint import RELEASED, describe, load_backbone, load_checkpoint, untrained
 from util.config import add_amp_flag, add_flag, count, natural, true_or_false, usable_cores
 from util.data import Files, reduced, unreadable
-from util.distributed import all_reduce_max, all_reduce_sum, amp_dtype, autocast, rank0_first
+from util.distributed import all_reduce_max, all_reduce_sum, amp_dtype, rank0_first
 from util.misc import Progress, atomic_write, is_main_process, say
 from vit import ViT
 
@@ -168,7 +168,7 @@ def scaled(images, scale, patch_size):
 def tokens_of(backbone, images, how):
     """Normalised images [b, 3, h, w] in whole patches -> features [b, d]."""
     plain = how.n_last_blocks == 1 and not how.avgpool_patchtokens and not how.gem
-    with autocast(how.device, how.dtype):
+    with torch.autocast(how.device.type, how.dtype, enabled=how.dtype is not None):
         if not isinstance(backbone, ViT) or plain:
             return backbone(images).float()
         tokens = backbone.get_intermediate_layers(images, how.n_last_blocks).float()

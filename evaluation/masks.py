@@ -9,9 +9,9 @@ each object. The Jaccard index, intersection over union, is that of the best hea
 averaged over the objects. An untrained network's stands beside it.
 
 A mask is uint8 [h, w]: 0 for the background, 1, 2, ... for objects, 255 (void) for what is left
-open. A palette image holds these numbers. So does a gray one, unless it is a drawing: a JPEG, or
-with no values but 0 and 255, with 255 and others above MOST_VALUES, or with more values than that.
-Of a drawing, which may have soft edges, what is above 127 is the one object.
+open. A palette image, whose color 0 is black, and a gray one hold these numbers; in a gray one of
+black and white alone, white is the object. One whose values may be brightness is refused: more than
+MOST_VALUES of them, or 255 beside others above MOST_VALUES.
 """
 
 import math
@@ -48,37 +48,35 @@ def read_mask(path):
     """Read a mask: (uint8 [h, w], its palette or None). ValueError: it is no mask."""
     try:
         with Image.open(path) as image:
-            palette = image.getpalette()
-            is_jpeg = image.format == "JPEG"
-            if palette is None and image.has_transparency_data:
-                if image.getchannel("A").getextrema()[0] < 255:
-                    raise ValueError("it is transparent in part, and may show its objects so")
-            if image.mode in ("1", "LA"):
-                image = image.convert("L")
-            pixels = pil_to_tensor(image)
+            mode, palette = image.mode, image.getpalette()
+            mask = pil_to_tensor(image.convert("L") if mode == "1" else image)[0]
     except Exception as error:  # whatever a decoder may raise
         raise ValueError(f"cannot read the mask {str(path)!r}: {error}") from None
-    if pixels.dtype != torch.uint8 or (pixels[:3] != pixels[:1]).any():
-        raise ValueError(
-            f"{str(path)!r} is no mask: neither a palette image nor a gray one of 8 bits"
-        )
-    mask = pixels[0]
-    if palette is None and (is_jpeg or is_drawing(mask)):
-        mask = (mask > 127).byte()
-    return mask, palette
-
-
-def is_drawing(mask):
-    """Return whether gray values are brightness, and not the numbers of objects."""
-    values = mask.unique().tolist()
-    if len(values) > MOST_VALUES or set(values) <= {0, 255}:
-        return True
-    return 255 in values and any(MOST_VALUES < value < 255 for value in values)
+    no_mask = f"{str(path)!r} is no mask"
+    if mode not in ("1", "L", "P"):
+        raise ValueError(f"{no_mask}: neither a palette image nor a gray one of 8 bits, but {mode}")
+    if palette and any(palette[:3]):
+        raise ValueError(f"{no_mask}: color 0 of its palette, the background, is not black")
+    if palette:
+        return mask, palette
+    values = set(mask.unique().tolist())
+    if values <= {0, 255}:
+        return (mask == 255).byte(), None
+    if len(values) > MOST_VALUES or (255 in values and max(values - {255}) > MOST_VALUES):
+        raise ValueError(f"{no_mask}: its gray values may be brightness; make it black and white, "
+                         "or number its objects 1, 2, ...")  # fmt: skip
+    return mask, None
 
 
 def numbers_in(mask):
     """Return the numbers of the objects in a mask, in order."""
     return [number for number in mask.unique().tolist() if 0 < number < VOID]
+
+
+def same_shape(mask, h, w):
+    """Return whether a mask has the shape of h x w pixels, up to scale and rounding."""
+    mask_h, mask_w = mask.shape
+    return abs(mask_w - w * mask_h / h) <= 1 or abs(mask_h - h * mask_w / w) <= 1
 
 
 def resize_mask(mask, height, width):
@@ -120,12 +118,12 @@ class MaskedFolder(Folder):
             raise ValueError(f"no image below {str(root)!r} has a mask in {str(masks)!r}")
 
     def mask(self, i):
-        """Return the mask of an image, turned like it if it is one of the image as it was."""
+        """Return an image's mask, turned like it by EXIF if it has the shape only as stored."""
         mask, _ = read_mask(self.masks_root / self.masks[Path(self.paths[i]).with_suffix("")])
         with Image.open(self.name(i)) as image:
-            turn = image.getexif().get(ExifTags.Base.Orientation, 1)
-            if turn < 5 or mask.shape != image.size[::-1]:
-                return mask
+            turn, (w, h) = image.getexif().get(ExifTags.Base.Orientation, 1), image.size
+        if turn < 5 or same_shape(mask, w, h) or not same_shape(mask, h, w):
+            return mask
         picture = to_pil_image(mask)
         picture.getexif()[ExifTags.Base.Orientation] = turn
         return pil_to_tensor(ImageOps.exif_transpose(picture))[0]
@@ -178,9 +176,11 @@ def fit_objects(image, mask, short, patch_size):
 
     None: it shows no object. ValueError: the mask is of another shape than the image, up to scale.
     """
-    (h, w), (mask_h, mask_w) = image.shape[1:], mask.shape
-    if abs(mask_w - w * mask_h / h) > 1 and abs(mask_h - h * mask_w / w) > 1:
-        raise ValueError(f"it is of {w} x {h} pixels, its mask of {mask_w} x {mask_h}")
+    h, w = image.shape[1:]
+    if not same_shape(mask, h, w):
+        raise ValueError(
+            f"it is of {w} x {h} pixels, its mask of {mask.shape[1]} x {mask.shape[0]}"
+        )
     mask = resize_mask(mask, h, w)
     image = fit_to_patches(image, short, patch_size)
     numbers = numbers_in(mask)

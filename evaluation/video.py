@@ -164,13 +164,14 @@ def add_propagation_flags(parser):
     add = parser.add_argument
     add("--size", type=config.count, help="short side (default: 480/224 of the training size, "
         "480 for the paper's)")  # fmt: skip
-    add("--n_last_frames", type=config.natural, default=paper.n_last_frames,
-        help="frames before that labels come from, besides the first (the paper's: 7)")  # fmt: skip
-    add("--size_mask_neighborhood", type=config.natural, default=paper.size_mask_neighborhood,
-        help="how many patches away they may lie (the paper's: 12; 0: anywhere)")  # fmt: skip
-    add("--topk", type=config.count, default=paper.topk, help="patches mixed (the paper's: 5)")
-    add("--temperature", type=config.positive, default=paper.temperature,
-        help="of the affinity (the paper's: 0.1)")  # fmt: skip
+    for name, kind, text in (
+        ("n_last_frames", config.natural, "frames before, besides the first, that labels come from"),
+        ("size_mask_neighborhood", config.natural, "patches that they may be away; 0: any number"),
+        ("topk", config.count, "patches that are mixed"),
+        ("temperature", config.positive, "of the affinity"),
+    ):
+        value = getattr(paper, name)
+        add(f"--{name}", type=kind, default=value, help=f"{text} (the paper's: {value})")
 
 
 def propagation_of(args):

@@ -25,7 +25,7 @@ from evaluate import knn
 from tests import textbook
 from util import config
 from util.data import Folder, MultiCropDataset, evenly
-from util.distributed import amp_dtype, autocast, processes
+from util.distributed import amp_dtype, processes
 from util.misc import say
 from util.shapes import Shapes
 
@@ -125,7 +125,8 @@ def textbook_steps(args, device, batches):
     lr, decay, momentum, teacher_temp = schedule[0].tolist()
     optimizer = torch.optim.AdamW(student.parameters(), lr, weight_decay=decay, foreach=False)
     for (big, _), (small, _) in islice(batches, args.steps):
-        with autocast(device, amp_dtype(args.amp, device)):
+        dtype = amp_dtype(args.amp, device)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
             with torch.no_grad():
                 t = teacher(big).float()
             s = student(big, small).float()

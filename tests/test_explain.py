@@ -116,7 +116,7 @@ def test_targets_are_the_teachers_and_pictures_are_written(checkpoint, tmp_path,
     [
         (["schedules", "--arch", "vit_mini"], "give --epochs"),
         (["crops", "none.png"], "none.png"),
-        (["crops", "none.png", "--patch", "0"], "--patch_size/--patch: 0 must be positive"),
+        (["crops", "none.png", "--patch", "0"], "--patch_size/--patch: 0 must be above 0"),
         (["targets", "none.pth"], "no checkpoint at 'none.pth'"),
         (["targets"], "checkpoint"),
         (["crops", "--seed", "3", "none.png"], "none.png"),

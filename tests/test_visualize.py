@@ -83,23 +83,24 @@ def checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("smooth", [False, True])
-@pytest.mark.parametrize("top, left", [(48, 8), (480, 312), (0, 300)])
+@pytest.mark.parametrize("top, left", [(48, 8), (472, 288), (0, 280)])
 def test_a_bright_square_is_found_where_it_is(smooth, top, left):
-    """The last of its places reaches the edge of an image whose sides the patch does not divide."""
+    """The patch does not divide the image's sides."""
     image = square(517, 333, top, left, 40)
-    maps, covered = visualize.attend(bright(), image, 333)
-    assert maps.shape == (2, 65, 42) and covered == (517 / 520, 333 / 336)
-    heat = plot.upsample(maps, covered, 517, 333, smooth)
-    y, x = divmod(heat[0].argmax().item(), 333)
-    inside = torch.zeros(517, 333, dtype=torch.bool)
+    part, maps = visualize.attend(bright(), image, 333)
+    assert maps.shape == (2, 64, 41) and torch.equal(part, image[:, :512, :328])
+    image = part
+    heat = plot.upsample(maps, 512, 328, smooth)
+    y, x = divmod(heat[0].argmax().item(), 328)
+    inside = torch.zeros(512, 328, dtype=torch.bool)
     inside[top : top + 40, left : left + 40] = True
     assert inside[y, x] and heat[0][inside].mean() > 5 * heat[0][~inside].mean()
     assert heat[1].std() < 1e-6  # the second head does not look
-    panels = visualize.panels(image, maps[:1], covered, 0.999, smooth)
+    panels = visualize.panels(image, maps[:1], 0.999, smooth)
     assert list(panels) == ["image", "head 1", "mean of heads", "mask"]
-    assert all(panel.shape == (517, 333, 3) for panel in panels.values())
+    assert all(panel.shape == (512, 328, 3) for panel in panels.values())
     assert torch.equal(panels["image"], image.permute(1, 2, 0))
-    cut = panels["mask"][top + 10 : top + 30, left + 10 : min(left + 30, 333)]
+    cut = panels["mask"][top + 10 : top + 30, left + 10 : left + 30]
     assert (cut == 255).all() and (panels["mask"] == plot.OUTLINE).all(-1).any()
     assert torch.equal(panels["mask"][200:203, :5], torch.zeros(3, 5, 3, dtype=torch.uint8))
     light = panels["head 1"].float().mean(-1)
@@ -109,15 +110,13 @@ def test_a_bright_square_is_found_where_it_is(smooth, top, left):
 def test_blocks_are_the_map_itself_and_smooth_lies_between():
     maps = torch.rand(3, 4, 6)
     blocks = maps.repeat_interleave(8, 1).repeat_interleave(8, 2)
-    assert torch.equal(plot.upsample(maps, (1.0, 1.0), 32, 48), blocks)
-    part = plot.upsample(maps, (29 / 32, 43 / 48), 29, 43)
-    assert torch.equal(part, blocks[:, :29, :43])
-    smooth = plot.upsample(maps, (1.0, 1.0), 4 * 9, 6 * 9, True)
+    assert torch.equal(plot.upsample(maps, 32, 48), blocks)
+    smooth = plot.upsample(maps, 4 * 9, 6 * 9, True)
     torch.testing.assert_close(smooth[:, 4::9, 4::9], maps)
     torch.testing.assert_close(smooth[:, 4, 5:40:9], (8 * maps[:, 0, :4] + maps[:, 0, 1:5]) / 9)
 
 
-def test_nothing_is_distorted_or_cropped_on_the_way_to_the_network(monkeypatch):
+def test_the_network_sees_the_whole_patches_of_an_image_undistorted(monkeypatch):
     seen = []
 
     def attention_maps(backbone, images):
@@ -126,10 +125,11 @@ def test_nothing_is_distorted_or_cropped_on_the_way_to_the_network(monkeypatch):
 
     monkeypatch.setattr(visualize, "attention_maps", attention_maps)
     image = torch.randint(256, (3, 30, 21), dtype=torch.uint8)
-    assert visualize.attend(bright(), image, 21)[1] == (30 / 32, 21 / 24)
-    assert seen[0].shape == (1, 3, 32, 24)
-    torch.testing.assert_close(seen[0][0, :, :30, :21], normalize(image[None].float() / 255)[0])
-    torch.testing.assert_close(seen[0][0, :, 30:, 21:], seen[0][0, :, 29:30, 20:21].expand(3, 2, 3))
+    part = image[:, :24, :16]
+    assert torch.equal(visualize.attend(bright(), image, 21)[0], part)
+    torch.testing.assert_close(seen[0], normalize(part[None].float() / 255))
+    assert visualize.attend(bright(), image, 42)[0].shape == (3, 28, 20)
+    assert seen[1].shape == (1, 3, 56, 40)
 
 
 def test_a_figure_has_a_panel_for_each_head_and_a_row_for_each_size(checkpoint, tmp_path, rows):
@@ -283,15 +283,14 @@ def test_training_keeps_attention_at_log_spaced_steps_through_a_resume_and_draws
     whole, resumed = go("whole", 11), go("resumed", 5, 11)
     assert list(whole) == list(resumed) == [0, 1, 2, 4, 8]
     for step in whole:
-        for (maps, covered), (others, _) in zip(whole[step], resumed[step], strict=True):
-            assert torch.equal(maps, others) and maps.shape == (4, 4, 4) and covered == (1, 1)
-    assert not torch.equal(whole[0][0][0], whole[8][0][0])
+        for maps, others in zip(whole[step], resumed[step], strict=True):
+            assert torch.equal(maps, others) and maps.shape == (4, 4, 4)
+    assert not torch.equal(whole[0][0], whole[8][0])
     strip = rows[1]  # after attention.png of the first run
     steps = [f"step {i}" for i in (1, 2, 4, 8, 11)]
     assert len(strip) == 4 and list(strip[0]) == ["image", "before training", *steps]
-    maps, covered = whole[8][2]
     image = plot.shown(few_images(load(str(tmp_path / "in")))[2])
-    heat = plot.upsample(maps.mean(0, keepdim=True), covered, *image.shape[1:])[0]
+    heat = plot.upsample(whole[8][2].mean(0, keepdim=True), *image.shape[1:])[0]
     assert torch.equal(strip[2]["step 8"], plot.overlay(image, heat))
     tests = [line for line in read_log(tmp_path / "whole" / "log.jsonl") if "knn" in line]
     assert [line["step"] for line in tests] == [0, 5, 10]
@@ -313,7 +312,7 @@ def test_the_pictures_are_small_whole_and_have_their_panels(tmp_path, monkeypatc
 
 def test_a_film_strip_of_many_steps_keeps_the_first_and_the_last(tmp_path, rows):
     steps = [0, *(2**i for i in range(10)), 1000]
-    kept = {step: [(torch.rand(2, 4, 4), (1.0, 1.0))] for step in steps}
+    kept = {step: [torch.rand(2, 4, 4)] for step in steps}
     visualize.draw_emergence([Shapes()[0]], kept, tmp_path / "a.png")
     last_seven = [f"step {i}" for i in (16, 32, 64, 128, 256, 512, 1000)]
     assert list(rows[0][0]) == ["image", "before training", *last_seven]

@@ -245,7 +245,7 @@ def start_from(args):
     """
     backbone = build_backbone(args)
     goes_on = (args.output_dir / "last.pth").exists() and not starts_anew(args)
-    if goes_on or not args.init:
+    if goes_on or args.init is None:
         return backbone
     if Path(args.init).resolve().parent == args.output_dir.resolve():
         raise ValueError(f"--init {args.init} lies in --output, where this run would replace it")

@@ -8,7 +8,6 @@ reference code's; the short forms are ours. docs/laptop.md says why the laptop's
 
 import argparse
 import atexit
-import math
 import multiprocessing
 import os
 import signal
@@ -22,16 +21,14 @@ from util.misc import INPUTS, clear_progress
 from vit import ARCHITECTURES
 
 
-def number(kind, positive=False, most=math.inf):
-    """Return the type of a flag: an int or float, finite, not negative and at most `most`."""
+def number(kind, positive=False, most=2**31 - 1):
+    """Return the type of a flag: an int or float from 0, or above it, to `most`."""
 
     def read(text):
         value = kind(text)
-        if not 0 <= value < math.inf or (positive and value == 0):
-            bound = "positive" if positive else "0 or more"
-            raise argparse.ArgumentTypeError(f"{text} must be {bound}")
-        if value > most:
-            raise argparse.ArgumentTypeError(f"{text} must not be above {most}")
+        if not 0 <= value <= most or (positive and value == 0):
+            least = "above 0" if positive else "0 or more"
+            raise argparse.ArgumentTypeError(f"{text} must be {least}, and at most {most}")
         return value
 
     read.__name__ = kind.__name__  # argparse prints it: invalid float value
@@ -239,17 +236,12 @@ def usable_cores():
 
 
 def default_output(args, laptop):
-    """runs/NAME from what tells runs apart: architecture, data, batch of several processes."""
+    """runs/NAME, from architecture and data."""
+    if laptop and args.data_path == "shapes":
+        return Path("runs/laptop")
     data = Path(args.data_path).absolute()
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    parts = ["laptop" if laptop else f"{args.arch}_{args.patch_size}"]
-    if not (laptop and args.data_path == "shapes"):
-        parts.append(data.parent.name if data.name == "train" else data.name)
-    if world > 1:
-        parts.append(f"b{args.batch_size_per_gpu * args.accumulate * world}")
-    if args.centering != "mean":
-        parts.append(f"centering_{args.centering}")
-    return Path("runs", "-".join(parts))
+    start = "laptop" if laptop else f"{args.arch}_{args.patch_size}"
+    return Path("runs", f"{start}-{data.parent.name if data.name == 'train' else data.name}")
 
 
 def summary(args):

@@ -192,7 +192,7 @@ def load(name, split="train"):
         return Shapes(split)
     if name in TORCHVISION:
         return Torchvision(name, split)
-    if not Path(name).is_dir():
+    if not (name and Path(name).is_dir()):
         names = ", ".join(TORCHVISION)
         raise ValueError(f"no folder {str(name)!r}; the built-in data sets are shapes, {names}")
     folder = split_folder(name, split)
@@ -226,8 +226,8 @@ def load_splits(name):
 def load_labelled(data, held_out=False):
     """Return (training split, held-out split or None) of a labelled data set.
 
-    Held-out labels are numbered like the training split's, further classes after those. held_out:
-    there must be such a split. ValueError: there is none, no labels, or no class in common.
+    Held-out labels are numbered like the training split's. held_out: there must be such a split.
+    ValueError: there is none, no labels, or a held-out class that the training split lacks.
     """
     train, val = load(data, "train"), load(data, "val")
     for name, images in ((repr(data), train), (f"the held-out split of {data!r}", val)):
@@ -241,13 +241,10 @@ def load_labelled(data, held_out=False):
     if val is None or val.classes == train.classes:
         return train, val
     unseen = [name for name in val.classes if name not in train.classes]
-    if len(unseen) == len(val.classes):
-        classes = f"training {train.classes}, held-out {val.classes}"
-        raise ValueError(f"the splits of {data!r} have no class in common: {classes}")
     if unseen:
-        names = ", ".join(map(repr, unseen))
-        say(f"note: the training split lacks {names}: held-out images of it count as wrong")
-    number = {name: i for i, name in enumerate(train.classes + unseen)}
+        names = ", ".join(map(repr, unseen[:5]))
+        raise ValueError(f"the training split of {data!r} lacks classes of the held-out: {names}")
+    number = {name: i for i, name in enumerate(train.classes)}
     val.labels = [label if label < 0 else number[val.classes[label]] for label in val.labels]
     return train, val
 

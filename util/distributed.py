@@ -22,11 +22,6 @@ def amp_dtype(amp, device):
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
-def autocast(device, dtype):
-    """Mixed precision with that dtype; None: float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-
 def grad_scaler(device, dtype):
     """Return the scaler of gradients for autocast's dtype.
 

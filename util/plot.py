@@ -33,16 +33,10 @@ def shown(image, side=320):
     return resize(image, h, w)
 
 
-def upsample(maps, covered, height, width, smooth=False):
-    """Bring maps [c, rows, columns] to [c, height, width]; a patch is one block, or smooth.
-
-    covered: the share (y, x) of the maps that the image covers.
-    """
-    y, x = covered
-    corners = torch.tensor([[[x, 0, x - 1], [0, y, y - 1]]])
-    grid = F.affine_grid(corners, (1, 1, height, width), align_corners=False)
-    mode = "bilinear" if smooth else "nearest"
-    return F.grid_sample(maps[None].float(), grid, mode, "border", align_corners=False)[0]
+def upsample(maps, height, width, smooth=False):
+    """Bring maps [c, rows, columns] to [c, height, width]; a patch is one block, or smooth."""
+    mode = "bilinear" if smooth else "nearest-exact"
+    return F.interpolate(maps[None].float(), (height, width), mode=mode)[0]
 
 
 def overlay(image, heat):

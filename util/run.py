@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-FORMAT = 6  # of last.pth
+FORMAT = 7  # of last.pth
 FREE = set(  # the arguments that resuming may change, if precision and global batch stay
     "init data_path device amp batch_size_per_gpu accumulate steps compile recompute num_workers "
     "output_dir overwrite log_every saveckp_freq knn_every knn_bank".split()
@@ -318,9 +318,11 @@ class Run:
 def hold_folder(folder):
     """Make a folder, and hold it as long as this process lives and keeps what is returned.
 
-    ValueError: another process holds it.
+    ValueError: another process holds it, or files of others lie there.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()) and not any((folder / name).exists() for name in (".lock", "last.pth")):
+        raise ValueError(f"{folder} holds files that are no run's: choose another --output")
     lock = open(folder / ".lock", "w")
     try:
         if fcntl:
