@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from evaluation.features import add_untrained_flag, usual_size
-from evaluation.masks import VOID, numbers_in, read_mask
+from evaluation.masks import VOID, MaskedFolder, numbers_in
 from evaluation.video import add_propagation_flags, carry_mask, propagation_of
 from util.checkpoint import require_vit
 from util.data import Folder
@@ -110,7 +110,7 @@ def score(sequence, masks):
 # ---- the sequences ----
 
 
-class Sequence(Folder):
+class Sequence(MaskedFolder):
     """A video with a mask for each frame: sequence[t] is uint8 [3, h, w].
 
     numbers: those of the objects in its first mask. ValueError: fewer than three frames, a frame
@@ -118,22 +118,16 @@ class Sequence(Folder):
     """
 
     def __init__(self, frames, masks):
-        super().__init__(frames)
-        self.title, self.masks = frames.name, masks
+        super().__init__(frames, masks)
+        self.title = frames.name
+        missing = sorted(set(Folder(frames).paths) - set(self.paths))
+        if missing:
+            raise ValueError(f"{missing[0]!r} has no mask")
         if len(self) < 3:
             raise ValueError("it has fewer than three frames")
-        missing = [path for path in map(self.mask_path, range(len(self))) if not path.exists()]
-        if missing:
-            raise ValueError(f"there is no mask {str(missing[0])!r}")
         self.numbers = numbers_in(self.mask(0))
         if not self.numbers:
             raise ValueError("its first mask shows no object (255 is void)")
-
-    def mask_path(self, t):
-        return self.masks / f"{Path(self.paths[t]).stem}.png"
-
-    def mask(self, t):
-        return read_mask(self.mask_path(t))[0]
 
 
 def open_sequences(data):

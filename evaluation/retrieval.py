@@ -190,19 +190,12 @@ def link(group, first, second):
 
 
 def write_features(args, subject):
-    """Write the folder's features and names: .pth, or .npy with the names beside it in .txt."""
-    how, images, features = index_folder(args, subject)
-    path = args.file or subject.folder / "features.pth"
-    if is_main_process() and path.suffix == ".npy":
-        # a line for each row, whatever a name holds
-        lines = "".join(name.replace("\n", "\\n") + "\n" for name in images.paths)
-        lines = lines.encode("utf-8", "surrogateescape")
-        atomic_write(path.with_suffix(".txt"), lambda file: file.write(lines))
-        atomic_write(path, lambda file: np.save(file, features.numpy()))
-    elif is_main_process():
-        made_with = {"checkpoint": args.checkpoint, "network": args.network}
-        saved = {"names": images.paths, "features": features, **made_with}
-        atomic_write(path, lambda file: torch.save(saved, file))
+    """Write the folder's features [n, d] and their images' names as numpy's .npz."""
+    _, images, features = index_folder(args, subject)
+    path = args.file or subject.folder / "features.npz"
+    arrays = {"features": features.numpy(), "names": np.array(images.paths)}
+    if is_main_process():
+        atomic_write(path, lambda file: np.savez(file, **arrays))
     n, width = features.shape
     say(f"{subject.data}: {n} features of {width} numbers, normalised -> {path}")
     return {"images": n, "width": width, "file": str(path)}
@@ -221,15 +214,12 @@ def add_flags(parser, command):
         add("--threshold", type=share, help="the least cosine of a pair (default: what nine in ten "
             "copies by JPEG of a sample of these images reach)")  # fmt: skip
     else:
-        add("--file", type=Path, help="where they go, .pth, or .npy with the names in .txt "
-            "(default: features.pth in the output folder)")  # fmt: skip
+        add("--file", type=Path, help="where they go (default: features.npz in the output folder)")
 
 
 def evaluate(args, subject):
     file = getattr(args, "file", None)
-    if file and not (file.suffix in (".pth", ".npy") and file.absolute().parent.is_dir()):
-        raise ValueError(f"--file {file} must end in .pth or .npy, and its folder be there")
-    if file and (file.exists() or file.with_suffix(".txt").exists()):
-        raise ValueError(f"--file {file}: it or its .txt is there already, choose another name")
+    if file and (file.exists() or not file.absolute().parent.is_dir()):
+        raise ValueError(f"--file {file} is there already, or its folder is not: choose another")
     functions = {"search": search, "copies": find_copies, "features": write_features}
     return functions[args.command](args, subject)

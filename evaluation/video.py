@@ -165,8 +165,8 @@ def add_propagation_flags(parser):
     add("--size", type=config.count, help="short side (default: 480/224 of the training size, "
         "480 for the paper's)")  # fmt: skip
     for name, kind, text in (
-        ("n_last_frames", config.natural, "frames before, besides the first, that labels come from"),
-        ("size_mask_neighborhood", config.natural, "patches that they may be away; 0: any number"),
+        ("n_last_frames", config.natural, "frames before, besides the first, to take from"),
+        ("size_mask_neighborhood", config.natural, "patches that they lie away at most; 0: any"),
         ("topk", config.count, "patches that are mixed"),
         ("temperature", config.positive, "of the affinity"),
     ):

@@ -99,7 +99,7 @@ def put_images(place):
 def put_checkpoints(place):
     backbone = backbone_of("vit_micro", 8, 16)
     torch.save(export(backbone), place / "bare.pth")
-    torch.save(export(backbone), place / "good" / "features.pth")  # a name that we write, too
+    torch.save(export(backbone), place / "good" / "linear.pth")  # a name that we write, too
     teacher = train.Network(backbone, DINOHead(backbone.embed_dim, 8, 8, 4)).state_dict()
     torch.save({"teacher": teacher, "args": {"data_path": "gone"}}, place / "gone.pth")
     torch.save(resnet50().state_dict(), place / "resnet.pth")
@@ -217,7 +217,7 @@ OTHERS = [
     ("evaluate.py masks bare.pth --data good", "none of 8 images says where its objects are"),
     ("evaluate.py masks bare.pth --data good --masks good", "'good/train/a/0.png': 'good/"),
     ("evaluate.py masks bare.pth --data good --size 0", "--size: 0 must be above 0"),
-    ("evaluate.py masks bare.pth --data good --mass 1.5", "--mass: 1.5 must be above 0, and at most 1"),
+    ("evaluate.py masks bare.pth --data good --mass 1.5", "1.5 must be above 0, and at most 1"),
     ("evaluate.py masks resnet.pth --data good", "a convnet has no attention"),
     ("evaluate.py masks bare.pth --data good --masks nowhere", "no images below 'nowhere'"),
     ("evaluate.py masks bare.pth --data few --masks good/train", "no image below 'few' has a mask"),
@@ -278,7 +278,7 @@ OTHERS = [
     ("evaluate.py search bare.pth image.png --data bad", "22 of 22 images cannot be read"),
     ("evaluate.py search bare.pth image.png --data good --top 0", "--top: 0 must be above 0"),
     ("evaluate.py copies bare.pth --data good --threshold 2", "and at most 1 ("),
-    ("evaluate.py features bare.pth --data good --file nowhere/x.pth", "--file nowhere/x.pth must"),
+    ("evaluate.py features bare.pth --data good --file nowhere/x.pth", "--file nowhere/x.pth is there"),
     ("evaluate.py oxford bare.pth --data good", "cannot read the ground truth 'good/gnd_roxford"),
     ("evaluate.py copydays bare.pth --data good", "no images below 'good/original'"),
     ("evaluate.py copydays bare.pth --data good --size 7", "--size 7 must be divisible by"),
@@ -288,8 +288,8 @@ OTHERS = [
     ("evaluate.py export bare.pth nowhere/out.pth", "nowhere/out.pth"),
     ("evaluate.py export bare.pth empty", "empty"),
     ("evaluate.py export bare.pth foreign.pth", "foreign.pth is there already"),
-    ("evaluate.py features bare.pth --data good --file bare.pth", "bare.pth: it or its .txt is"),
-    ("evaluate.py features good/features.pth --data good", "is what this command reads"),
+    ("evaluate.py features bare.pth --data good --file bare.pth", "bare.pth is there already"),
+    ("evaluate.py linear good/linear.pth --data good --cached --epochs 1", "this command reads"),
     ("evaluate.py knn bare.pth --data good --num_heads 0", "--num_heads: 0 must be above 0"),
     ("evaluate.py knn bare.pth --data good --num_heads -2", "--num_heads: -2 must be above 0"),
 ]  # fmt: skip

@@ -191,8 +191,8 @@ def spoil(dataset, how):
 
 
 @pytest.mark.parametrize("how, message", [
-    ("no masks", "sequence 'cow': there is no mask .*00000.png"),
-    ("no mask", "sequence 'cow': there is no mask .*00002.png"),
+    ("no masks", "sequence 'cow': no images below '.*cow'"),
+    ("no mask", "sequence 'cow': '00002.jpg' has no mask"),
     ("no object", "sequence 'cow': its first mask shows no object"),
     ("short", "sequence 'cow': it has fewer than three frames"),
     ("sizes", "frame 4 is of 40 x 32 pixels, the first mask of 32 x 32"),

@@ -102,8 +102,9 @@ def test_copies_are_grouped(album, capsys):
     assert lines[3].endswith("0.png") and lines[4].endswith("z copy.png")
     lines, _ = run(album, capsys, "copies", "--threshold", "0.3")
     run(album, capsys, "features")
-    saved = torch.load(album / "out" / "features.pth", weights_only=True)
-    group = [saved["names"].index(Path(line.strip()).relative_to(album / "album").as_posix())
+    saved = np.load(album / "out" / "features.npz")
+    names = saved["names"].tolist()
+    group = [names.index(Path(line.strip()).relative_to(album / "album").as_posix())
              for line in lines[3 : 3 + int(lines[2].split()[2])]]  # fmt: skip
     x = saved["features"][group]
     assert len(group) > 2 and lines[2].endswith(f"of two of them {(x @ x.T).min():.3f}")
@@ -129,16 +130,19 @@ def test_without_a_threshold_copies_made_here_say_how_near_copies_are(album, cap
     assert f"have a cosine of {line['threshold']:.3f} or more; so have" in lines[1]
 
 
-def test_features_in_both_formats(album, capsys):
+def test_features_are_written_with_their_names(album, capsys):
     run(album, capsys, "features")
-    saved = torch.load(album / "out" / "features.pth", weights_only=True)
+    saved = np.load(album / "out" / "features.npz")
     names = ["0.png", "2.png", "4.png", "6.png", "z copy.png"]
     names += [f"holiday/{i}.png" for i in (1, 3, 5, 7)]
-    assert saved["names"] == names and saved["features"].shape == (9, 96)
-    assert saved["checkpoint"] == str(album / "bare.pth") and saved["network"] == "teacher"
-    run(album, capsys, "features", "--file", album / "f.npy")
-    assert np.array_equal(np.load(album / "f.npy"), saved["features"].numpy())
-    assert (album / "f.txt").read_text().splitlines() == names
+    assert saved["names"].tolist() == names and saved["features"].shape == (9, 96)
+    backbone = backbone_of("vit_micro", 8, 32).eval()
+    backbone.load_state_dict(torch.load(album / "bare.pth"))
+    crop = center_crop(Folder(album / "album")[0], 32)
+    wanted = F.normalize(backbone(normalize(crop[None] / 255)), dim=-1)[0]
+    torch.testing.assert_close(torch.from_numpy(saved["features"][0]), wanted)
+    run(album, capsys, "features", "--file", album / "f")
+    assert np.array_equal(np.load(album / "f")["features"], saved["features"])
 
 
 def test_near_duplicates_are_the_connected_pairs(monkeypatch):
@@ -303,7 +307,8 @@ def test_our_own_pictures_are_no_images_of_the_folder(album, capsys):
 @pytest.mark.parametrize("flags, message", [
     ("search nowhere.png", "cannot read 'nowhere.png'"),
     ("search torn", "no image below 'torn' can be read"),
-    ("features --file nowhere/a.npy", "and its folder be there"),
+    ("features --file nowhere/a.npz", "--file nowhere/a.npz is there already, or its folder is"),
+    ("features --file album/0.png", "--file album/0.png is there already"),
     ("copydays --size 9 --data shapes", "--size 9 must be divisible by the patch, 8"),
     ("copydays --data twice", "begin with the same four characters"),
     ("copydays --data copies --whitening one", "needs images whose features differ"),
@@ -313,7 +318,6 @@ def test_our_own_pictures_are_no_images_of_the_folder(album, capsys):
     ("copies --data empty", "no images below 'empty'"),
     ("copies --data torn", "1 of 1 images cannot be read, the first 'torn/a.png'"),
     ("copies --data ours --output ours", "passed over 1 pictures of ours"),
-    ("features --file a.csv", "--file a.csv must end in .pth or .npy"),
     ("oxford", "cannot read the ground truth"),
     ("copydays --distractors empty", "no images below 'empty'"),
     ("copydays --data copies", "'copies/strong/0009.png' is a copy of no image in original/"),

@@ -224,9 +224,9 @@ class Run:
                 "before; --init a run from it in another --output, with a lower --lr, a smaller "
                 "--clip_grad, a higher --teacher_temp, or --amp off"
             )
-        watched = dict(loss=loss, entropy=entropy, mean_entropy=mean_entropy)
         kl = cross_entropy - entropy
-        return watched | dict(kl=kl, grad_norm=norms[-1], skipped=len(skipped))
+        return dict(loss=loss, entropy=entropy, mean_entropy=mean_entropy, kl=kl,
+                    grad_norm=norms[-1], skipped=len(skipped))  # fmt: skip
 
     def check_images(self):
         """Name the images that any process found bad since the last time.
@@ -321,7 +321,8 @@ def hold_folder(folder):
     ValueError: another process holds it, or files of others lie there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not any((folder / name).exists() for name in (".lock", "last.pth")):
+    is_run = (folder / ".lock").exists() or (folder / "last.pth").exists()
+    if any(folder.iterdir()) and not is_run:
         raise ValueError(f"{folder} holds files that are no run's: choose another --output")
     lock = open(folder / ".lock", "w")
     try:
