@@ -230,9 +230,7 @@ def default_workers(device):
 
 def usable_cores():
     """How many cores this process may use: a container or taskset may allow few of them."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def default_output(args, laptop):

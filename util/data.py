@@ -213,8 +213,8 @@ def load_splits(name):
         val = None
     say(describe_images(train))
     for i in evenly(len(train), 16):
-        image, _ = read_or_next(train, i)
-        if 0 < image.max() < 26:
+        image, bad = read_or_next(train, i)
+        if bad < 0 and 0 < image.max() < 26:
             say(f"note: {train.name(i)!r} uses less than a tenth of its range, and is nearly black "
                 "here: 8 bits are taken for 0 to 255, 16 for 0 to 65535")  # fmt: skip
             break
