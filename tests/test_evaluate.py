@@ -16,7 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 import evaluate
 from augment import normalize
 from conftest import backbone_of
-from evaluate import bank_and_queries, knn, score, train_classifiers
+from evaluate import knn, score, train_classifiers
 from evaluation import davis, features
 from evaluation.features import (
     Crops,
