@@ -117,7 +117,7 @@ def clip_gradients(parameters, clip_grad):
 def train(args, device, rank, world):
     # data: a step's crops depend on (seed, step) alone, so that no sampler's state is saved
     images, val = rank0_first(lambda: load_splits(args.data_path))
-    args = config.with_length(args, len(images))
+    args = config.fit_to_data(args, len(images), world)
     batch = args.batch_size_per_gpu
     sampler = BatchSampler(len(images), batch, args.accumulate, rank, world, args.seed)
     crop = MultiCrop(*config.crop_settings(args))

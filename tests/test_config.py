@@ -10,7 +10,7 @@ import evaluate
 import train
 from test_train import run
 from tests import textbook
-from util.config import LAPTOP, PAPER, PHOTOS, RESNET, default_workers, summary, with_length
+from util.config import LAPTOP, PAPER, PHOTOS, RESNET, default_workers, summary, fit_to_data
 
 
 # The reference code's defaults, and the commands that its README publishes.
@@ -106,11 +106,16 @@ def test_photographs_have_a_recipe_of_their_own():
     assert "the laptop's" in summary(train.parse_args([])).splitlines()[0]
     assert train.parse_args("--data some/photos --arch vit_micro".split()).patch_size == 4
     # as many images in all, whatever their number, but no image too often
-    lengths = [with_length(args, images).epochs for images in (50_000, 9_469, 800, 10**7)]
+    lengths = [fit_to_data(args, images).epochs for images in (50_000, 9_469, 800, 10**7)]
     assert lengths == [13, 68, 250, 1] and args.epochs is None
-    short = with_length(args, 200_000)  # neither warm-up is longer than the run
+    short = fit_to_data(args, 200_000)  # neither warm-up is longer than the run
     assert (short.epochs, short.warmup_epochs, short.warmup_teacher_temp_epochs) == (3, 1, 2)
-    assert with_length(train.parse_args("--data some/photos --epochs 7".split()), 800).epochs == 7
+    assert fit_to_data(train.parse_args("--data some/photos --epochs 7".split()), 800).epochs == 7
+    # and the batch that fits
+    batches = [fit_to_data(args, *of).batch_size_per_gpu for of in ((800,), (63,), (63, 2), (1, 2))]
+    assert batches == [64, 63, 31, 1]
+    given = train.parse_args("--data some/photos --batch 32".split())
+    assert fit_to_data(given, 9).batch_size_per_gpu == 32
 
 
 @pytest.mark.parametrize("epochs, peak_temp", [(100, 0.04), (300, 0.07)])

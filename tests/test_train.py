@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
+from torchvision.transforms.functional import to_pil_image
 
 import train
 from augment import MultiCrop, photometry
@@ -19,7 +20,7 @@ from conftest import ROOT, TINY, backbone_of, without_keys
 from head import DINOHead
 from util import config
 from util.data import BatchSampler, MultiCropDataset
-from util.run import Run
+from util.run import Run, what_views_tell
 from util.shapes import Shapes
 
 
@@ -247,11 +248,38 @@ def test_without_local_crops(tmp_path):
     assert all(0 < line["loss"] < 20 for line in log(tmp_path))
 
 
-def test_too_many_bad_images_stop_the_run(folder, tmp_path):
-    for path in (folder / "train" / "größe").glob("*.png"):
+def test_a_few_bad_images_are_left_out_and_of_more_all_are_named_at_once(folder, tmp_path, capsys):
+    paths = sorted((folder / "train").rglob("*.png"))
+    for path in paths[:3]:
         path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match="of 12 images cannot be read, more than 1 %"):
-        run(f"--data {folder / 'train'} --epochs 2", tmp_path / "out")
+    assert run(f"--data {folder / 'train'} --epochs 2", tmp_path / "out")["step"] == 6
+    assert "3 images could not be read" in capsys.readouterr().out
+    for path in paths[3:]:
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=f"{len(paths)} of 12 images cannot be read"):
+        run(f"--data {folder / 'train'} --steps 3 --knn_every 0", tmp_path / "again")
+    named = capsys.readouterr().err
+    assert all(named.count(f"cannot read {str(path)!r}") == 1 for path in paths)
+
+
+def test_without_labels_the_end_of_a_run_names_search_and_says_what_views_tell(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for i in range(5):
+        to_pil_image(Shapes()[i]).save(tmp_path / "images" / f"{i}.png")
+    train.main(arguments(f"--data {tmp_path / 'images'} --epochs 2", tmp_path / "run"))
+    *_, told, head, search, copies, look = capsys.readouterr().out.splitlines()
+    last = tmp_path / "run" / "last.pth"
+    assert head == "next:" and look == f"  python visualize.py {last} img.jpg"
+    assert search == f"  python evaluate.py search {last} img.jpg"
+    assert copies == f"  python evaluate.py copies {last}"
+    first, end = log(tmp_path / "run")
+    mean, each = ((first[name] + end[name]) / 2 for name in ("mean_entropy", "entropy"))
+    known = mean - each - (first["kl"] + end["kl"]) / 2
+    assert f"entropy {each:.2f} nats each, {mean:.2f} of their mean" in told
+    assert f"{mean - each:.2f} tell images apart" in told
+    assert f"the student knows {max(0, known):.2f} from another view" in told
+    lines = [dict(mean_entropy=5.0, entropy=2.0, kl=kl) for kl in (4.0, *[0.5] * 10)]
+    assert what_views_tell(lines).endswith("knows 2.50 from another view (at the start 0.00)")
 
 
 class Calls(TorchDispatchMode):

@@ -120,7 +120,8 @@ def load_checkpoint(path):
     ValueError: a missing, truncated or foreign file, with the reason.
     """
     if not Path(path).is_file():
-        raise ValueError(f"no checkpoint at {str(path)!r}")
+        names = ", ".join(RELEASED)
+        raise ValueError(f"no checkpoint at {str(path)!r}, and the released names are {names}")
     try:
         with torch.serialization.safe_globals(SAFE):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)

@@ -93,7 +93,7 @@ LAPTOP = dict(
 PHOTOS = LAPTOP | dict(
     patch_size=8, global_crops_size=48, local_crops_size=24, blur_sigma=0.4, out_dim=1024,
     hidden_dim=512, bottleneck_dim=128, teacher_temp=0.04, warmup_teacher_temp_epochs=5, lr=4e-3,
-    clip_grad=3.0, epochs=None, batch_size_per_gpu=64,
+    clip_grad=3.0, epochs=None, batch_size_per_gpu=None,
 )  # fmt: skip
 RESNET = dict(
     drop_path_rate=0.0, global_crops_scale=[0.14, 1.0], local_crops_scale=[0.05, 0.14],
@@ -104,8 +104,9 @@ RECIPES = {  # architecture: (name of its recipe, where that differs from the pa
     "vit_mini": ("photographs on a small machine", PHOTOS),
     "resnet50": ("the paper's for ResNet-50", RESNET),
 }
-PHOTOS_SEEN = 640_000  # images that the recipe for photographs sees in a whole run, in
-MOST_EPOCHS = 250  # at most so many epochs
+# What the recipe for photographs takes from their number: a global batch of at most so many, and
+# epochs in which so many images are seen, at most so many epochs.
+MOST_IN_BATCH, PHOTOS_SEEN, MOST_EPOCHS = 64, 640_000, 250
 
 SHORT = {  # short forms of flags
     "patch_size": "--patch",
@@ -121,26 +122,20 @@ SHORT = {  # short forms of flags
 
 def parse_args(description, argv=None):
     """Resolve train.py's command line: what it leaves open comes from the architecture's recipe."""
-    parser = Parser(description=description)
+    parser = Parser(description=description, usage="%(prog)s [FLAG ...]")
     add_training_flags(parser)
     return resolve(parser.parse_args(argv))
 
 
 def add_training_flags(parser):
-    for name, (value, kind, text) in PAPER.items():
-        settings = {"metavar": "true|false"} if isinstance(value, bool) else {}
-        if isinstance(value, list):
-            settings = {"nargs": 2, "metavar": ("MIN", "MAX")}
-        whose = "default" if name in ("accumulate", "knn_bank") else "paper"
-        others = [f"{arch} {shown(r[name])}" for arch, (_, r) in RECIPES.items() if name in r]
-        text = f"{text} ({'; '.join([f'{whose} {shown(value)}', *others])})"
-        add_flag(parser, name, type=kind, help=text, **settings)
     add = parser.add_argument
     add_flag(parser, "data_path", default="shapes", help="a folder of images, or shapes, cifar10, "
              "cifar100, stl10, imagenette, flowers102, pets")  # fmt: skip
     add("--arch", choices=[*ARCHITECTURES, "resnet50"],
         help=f"the network; {', '.join(RECIPES)} have recipes of their own (default: vit_micro for "
         "shapes, vit_mini for other data)")  # fmt: skip
+    add_flag(parser, "output_dir", type=Path, help="the run's folder (default: runs/NAME, from "
+             "architecture and data)")  # fmt: skip
     add("--centering", choices=("mean", "sinkhorn"), default="mean",
         help="Eq. 4, or Sinkhorn-Knopp in its place (Table 7)")  # fmt: skip
     add("--init", help="a checkpoint or a released name whose backbone to start from")
@@ -159,14 +154,21 @@ def add_training_flags(parser):
     add_device_flag(parser)
     add_flag(parser, "num_workers", type=natural, help="processes that load images (default: up to "
              "10 on a GPU; on a CPU 1, or 0 where there are only two cores)")  # fmt: skip
-    add_flag(parser, "output_dir", type=Path, help="the run's folder (default: runs/NAME, from "
-             "architecture and data)")  # fmt: skip
     add("--overwrite", action="store_true", help="start anew in a folder that holds another run")
     add("--log_every", type=count, default=10, help="steps between lines of the log")
     add("--saveckp_freq", type=natural, default=20,
         help="epochs between checkpoints that are kept (0: none)")  # fmt: skip
     add("--knn_every", type=natural, default=1,
         help="epochs between k-NN tests, where there are labels (0: never)")  # fmt: skip
+    recipe = parser.add_argument_group("the recipe", "the paper's values, and ours that differ")
+    for name, (value, kind, text) in PAPER.items():
+        settings = {"metavar": "true|false"} if isinstance(value, bool) else {}
+        if isinstance(value, list):
+            settings = {"nargs": 2, "metavar": ("MIN", "MAX")}
+        whose = "default" if name in ("accumulate", "knn_bank") else "paper"
+        others = [f"{arch} {shown(r[name])}" for arch, (_, r) in RECIPES.items() if name in r]
+        text = f"{text} ({'; '.join([f'{whose} {shown(value)}', *others])})"
+        add_flag(recipe, name, type=kind, help=text, **settings)
 
 
 def resolve(args):
@@ -198,15 +200,18 @@ def resolve(args):
     return args
 
 
-def with_length(args, images):
-    """Return the arguments with the number of epochs, which may follow from that of the images."""
-    if args.epochs:
-        return args
-    epochs = max(1, min(MOST_EPOCHS, round(PHOTOS_SEEN / images)))
-    length = {"epochs": epochs}
-    for warmup in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-        length[warmup] = min(getattr(args, warmup), epochs - 1)
-    return argparse.Namespace(**vars(args) | length)
+def fit_to_data(args, images, world=1):
+    """Return the arguments with what may follow from the number of images: batch and epochs."""
+    fitted = {}
+    if args.batch_size_per_gpu is None:
+        most = min(MOST_IN_BATCH, images) // (args.accumulate * world)
+        fitted["batch_size_per_gpu"] = max(1, most)
+    if args.epochs is None:
+        epochs = max(1, min(MOST_EPOCHS, round(PHOTOS_SEEN / images)))
+        fitted["epochs"] = epochs
+        for warmup in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+            fitted[warmup] = min(getattr(args, warmup), epochs - 1)
+    return argparse.Namespace(**vars(args) | fitted)
 
 
 def starts_anew(args):

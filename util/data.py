@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
 
-from util.images import image_paths, is_hidden, read_image, to_tensor
+from util.images import image_paths, is_hidden, passed_over, read_image, to_tensor
 from util.misc import STOP_SIGNALS, first_line, say
 from util.shapes import Shapes
 
@@ -73,9 +73,8 @@ class Folder(Files):
     def __init__(self, root):
         paths, others = image_paths(root)
         super().__init__(root, paths)
-        passed_over = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
         if not paths:
-            found = f": passed over {passed_over}" if others else ""
+            found = f": passed over {passed_over(others)}" if others else ""
             raise ValueError(f"no images below {str(root)!r}{found}")
         tops = [path.split(os.sep)[0] if os.sep in path else "" for path in paths]
         names = sorted(set(tops))
@@ -93,7 +92,7 @@ class Folder(Files):
             notes.append(f"{str(split)!r} is taken for ordinary images, not for a split (for "
                          f"that: --data {self.root / split})")  # fmt: skip
         if others:
-            notes.append(f"passed over {passed_over}")
+            notes.append(f"passed over {passed_over(others)}")
         self.note = "; ".join(notes) or None
 
 

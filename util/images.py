@@ -96,6 +96,11 @@ def image_paths(root):
     return paths, others
 
 
+def passed_over(others):
+    """Say what image_paths() has passed over, the commonest first."""
+    return ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
+
+
 def is_hidden(name):
     """Return whether a name begins with a dot, or is one that systems leave in folders."""
     return name.startswith(".") or name in SYSTEMS
@@ -116,7 +121,10 @@ def stills(*sources):
     for source in sources:
         paths = [source]
         if source.is_dir():
-            paths = [source / path for path in image_paths(source)[0]]
+            inside, others = image_paths(source)
+            paths = [source / path for path in inside]
+            if others:
+                say(f"{str(source)!r}: passed over {passed_over(others)}", sys.stderr)
         for path in paths:
             try:
                 image = read_image(path)

@@ -5,6 +5,7 @@ Of several processes that torchrun has started, the first alone prints.
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -57,6 +58,7 @@ class Progress:
         now = time.monotonic()
         line = f"{text}, {minutes((now - self.start) * (self.total / done - 1))} left"
         if sys.stderr.isatty():
+            line = line[: shutil.get_terminal_size().columns - 1]  # a broken line would stay
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
         elif now - self.shown > PROGRESS_EVERY:
             self.shown = now

@@ -16,7 +16,7 @@ import torch
 
 from util.checkpoint import load_checkpoint
 from util.config import starts_anew, summary
-from util.data import fingerprint, unreadable
+from util.data import evenly, fingerprint, unreadable
 from util.distributed import all_reduce_max, all_reduce_sum
 from util.misc import STOP_SIGNALS, Progress, append_json, atomic_write, minutes, say
 
@@ -31,6 +31,7 @@ FREE = set(  # the arguments that resuming may change, if precision and global b
     "output_dir overwrite log_every saveckp_freq knn_every knn_bank".split()
 )
 INSTEAD = ": choose another --output, or --overwrite it"
+FEW = 3  # images that cannot be read may be left out of any folder
 PATIENCE = 20  # lines of the log after which a collapse is reported
 
 
@@ -161,7 +162,7 @@ class Run:
             done,
             f"epoch {epoch:.2f}/{self.args.epochs}  step {step}  loss {values['loss']:.3f}  "
             f"entropy {values['entropy']:.3f}  KL {values['kl']:.3f}  "
-            f"{done * self.global_batch / self.progress.seconds():.0f} images/s",
+            f"{done * self.global_batch / self.progress.seconds():.1f} images/s",
         )
 
     def save(self, step):
@@ -231,18 +232,22 @@ class Run:
     def check_images(self):
         """Name the images that any process found bad since the last time.
 
-        ValueError: they are more than 1 % of all.
+        ValueError: they are more than 1 % of all, and more than FEW.
         """
         if not all_reduce_max(len(self.bad - self.named)):
             return
         marks = torch.zeros(len(self.images), dtype=torch.uint8)
         marks[list(self.bad)] = 1
         self.bad.update(all_reduce_max(marks).nonzero().flatten().tolist())
+        too_many = len(self.bad) > max(FEW, 0.01 * len(self.images))
+        if too_many:  # those that no step has come to are named at once
+            looked_at = evenly(len(self.images), 1000)
+            self.bad.update(i for i in looked_at if unreadable(self.images, i))
         for index in sorted(self.bad - self.named):
             name = self.images.name(index)
             say(f"cannot read {name!r}: its place is taken by the next image", sys.stderr)
         self.named |= self.bad
-        if len(self.bad) > 0.01 * len(self.images):
+        if too_many:
             reason = unreadable(self.images, min(self.bad))
             raise ValueError(
                 f"{len(self.bad)} of {len(self.images)} images cannot be read, more than 1 %: "
@@ -296,7 +301,11 @@ class Run:
         last = self.folder / "last.pth"
         say(f"done in {minutes(self.progress.seconds())}; in {self.folder}:")
         say("  " + ", ".join(sorted(path.name for path in self.folder.glob("[!.]*"))))
-        tests = [line for line in read_log(self.log_path) if "knn" in line]
+        lines = read_log(self.log_path)
+        steps = [line for line in lines if "loss" in line]
+        if steps:
+            say(what_views_tell(steps))
+        tests = [line for line in lines if "knn" in line]
         if len(tests) > 1:
             start = "before training" if self.args.init else "untrained"
             first, end = tests[0], tests[-1]
@@ -309,10 +318,30 @@ class Run:
         say("next:")
         if self.images.labels:
             say(f"  python evaluate.py knn {last}")
+        elif self.args.data_path != "voc2012":
+            say(f"  python evaluate.py search {last} img.jpg")
+            say(f"  python evaluate.py copies {last}")
         if self.args.data_path == "shapes" and self.args.arch != "resnet50":
             say(f"  python evaluate.py masks {last}")
         if self.args.arch != "resnet50":
             say(f"  python visualize.py {last} img.jpg")
+
+
+def what_views_tell(lines):
+    """Say in one line what a run has learned without labels, from the steps in its log.
+
+    A student that did not look at the image could at best answer with the teacher's mean answer.
+    By how much its loss is below the entropy of that is a lower bound of the information, in nats,
+    that one view has of the teacher's answer to another.
+    """
+    names = "mean_entropy", "entropy", "kl"
+    mean, each, kl = (sum(line[name] for line in lines[-10:]) / len(lines[-10:]) for name in names)
+    first = max(0, lines[0]["mean_entropy"] - lines[0]["entropy"] - lines[0]["kl"])
+    return (
+        f"the teacher's answers: entropy {each:.2f} nats each, {mean:.2f} of their mean, so that "
+        f"{mean - each:.2f} tell images apart; of these the student knows "
+        f"{max(0, mean - each - kl):.2f} from another view (at the start {first:.2f})"
+    )
 
 
 def hold_folder(folder):
