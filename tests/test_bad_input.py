@@ -278,7 +278,7 @@ OTHERS = [
     ("evaluate.py search bare.pth image.png --data bad", "22 of 22 images cannot be read"),
     ("evaluate.py search bare.pth image.png --data good --top 0", "--top: 0 must be above 0"),
     ("evaluate.py copies bare.pth --data good --threshold 2", "and at most 1 ("),
-    ("evaluate.py features bare.pth --data good --file nowhere/x.pth", "--file nowhere/x.pth is there"),
+    ("evaluate.py features bare.pth --data good --file nowhere/x.pth", "nowhere/x.pth is there"),
     ("evaluate.py oxford bare.pth --data good", "cannot read the ground truth 'good/gnd_roxford"),
     ("evaluate.py copydays bare.pth --data good", "no images below 'good/original'"),
     ("evaluate.py copydays bare.pth --data good --size 7", "--size 7 must be divisible by"),
