@@ -47,7 +47,8 @@ def place(tmp_path, monkeypatch):
         state = export(backbone_of("vit_micro", patch_size, 32))
         torch.save(state, weights / Path(RELEASED[name]).name)
     photographs = ["photos"]
-    photographs += [f"path/to/imagenet/{split}/{name}" for split in ("train", "val") for name in "ab"]
+    for split in ("train", "val"):
+        photographs += [f"path/to/imagenet/{split}/{name}" for name in "ab"]
     for n, folder in enumerate(photographs):
         Path(folder).mkdir(parents=True)
         for i in range(4):
