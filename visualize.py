@@ -5,22 +5,20 @@
     python visualize.py runs/laptop            curves.png, from the run's log
     python visualize.py video CKPT FILM --mask first.png      a mask carried through a film
     python visualize.py crops img.jpg          what happens in training, drawn; also
-    python visualize.py schedules | targets CKPT
+    python visualize.py networks | schedules | targets CKPT
 
 A picture shows the image, each head's map, their mean, and the patches that hold most of the mean.
 An image is shown to the network at 480 / 224 of the size it was trained at (480 for the paper's).
-Images are uint8 [3, h, w], maps [heads, rows, columns] of patches, panels uint8 [h, w, 3].
+Images and panels are uint8 [3, h, w], maps [heads, rows, columns] of patches.
 """
 
 import importlib
 import json
-import math
 import sys
 from pathlib import Path
 
 import torch
-from einops import rearrange
-from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from augment import normalize, resize
 from evaluation.features import attention_maps, fitted_size, keep_mass, usual_size
@@ -30,13 +28,14 @@ from util.data import evenly, read_or_next
 from util.distributed import usable_device
 from util.images import frames, is_film, stills, write_gif
 from util.misc import say
-from util.plot import cut_out, draw_curves, draw_panels, overlay, shown, upsample
+from util.plot import draw_log, draw_panels, outlined, overlay, shown, upsample
 from util.run import read_log
 from vit import ViT
 
 COMMANDS = {  # name: the module that has its add_flags() and visualize()
     "video": "evaluation.video",
     "crops": "evaluation.explain",
+    "networks": "evaluation.explain",
     "schedules": "evaluation.explain",
     "targets": "evaluation.explain",
 }
@@ -65,11 +64,9 @@ def panels(image, maps, mass=0.6, smooth=False):
     size, mean = image.shape[1:], maps.mean(0, keepdim=True)
     heats = upsample(torch.cat([maps, mean]), *size, smooth)
     titles = [f"head {i + 1}" for i in range(len(maps))] + ["mean of heads"]
-    row = {"image": rearrange(image, "c h w -> h w c")}
-    row |= {title: overlay(image, heat) for title, heat in zip(titles, heats)}
+    row = {"image": image} | {title: overlay(image, heat) for title, heat in zip(titles, heats)}
     mask = upsample(keep_mass(mean, mass), *size, smooth)[0] > 0.5
-    row["mask"] = cut_out(image, mask)
-    return row
+    return row | {"mask": outlined(torch.where(mask, image, image // 4), mask)}
 
 
 def draw_attention(backbone, images, path, sizes=(None,), mass=0.6, smooth=False):
@@ -80,7 +77,7 @@ def draw_attention(backbone, images, path, sizes=(None,), mass=0.6, smooth=False
             part, maps = attend(backbone, image, short)
             row = panels(shown(part), maps, mass, smooth)
             if len(sizes) > 1:
-                row = {f"seen at {short} pixels": row.pop("image"), **row}
+                row = {f"image\nseen at {short} pixels": row.pop("image"), **row}
             rows.append(row)
     draw_panels(rows, path, f"{NOTE}; mask: the fewest patches with {100 * mass:g} % of the mean")
 
@@ -131,28 +128,12 @@ def draw_emergence(images, kept, path):
     rows, steps = [], sorted(kept)
     for i, image in enumerate(images):
         image = shown(image)
-        row = {"image": rearrange(image, "c h w -> h w c")}
+        row = {"image": image}
         for step in steps[:1] + steps[1:][-7:]:
             heat = upsample(kept[step][i].mean(0, keepdim=True), *image.shape[1:])[0]
             row[f"step {step}" if step else "before training"] = overlay(image, heat)
         rows.append(row)
     draw_panels(rows, path, f"{NOTE}; mean of the heads")
-
-
-def draw_log(lines, path, out_dim):
-    """Draw a run's log: loss, the watch for collapse (Figure 7), k-NN (Figure 6), schedules."""
-    full = math.log(out_dim)
-    two = {"entropy": "each output's", "mean_entropy": "their mean's"}
-    draw_curves(lines, path, {
-        "loss": ({"loss": None}, {"ln K": full}),
-        "entropy of the teacher, nats": (two, {"ln K: uniform": full, "0: one dimension": 0}),
-        "KL(teacher, student), nats": ({"kl": None}, {"0: collapse": 0}),
-        "k-NN top-1, %": ({"knn": "teacher", "knn_student": "student"}, {}),
-        "learning rate": ({"lr": None}, {}),
-        "weight decay": ({"weight_decay": None}, {}),
-        "momentum of the teacher": ({"momentum": None}, {}),
-        "temperature of the teacher": ({"teacher_temp": None}, {}),
-    })  # fmt: skip
 
 
 # ---- the commands ----
@@ -169,8 +150,8 @@ def side_by_side(backbone, film, args):
         image = resize(image, *size)
         part, maps = attend(backbone, image, args.size[0])
         row = panels(part, maps, args.mass, args.smooth)
-        pixels = torch.cat([row["image"], row["mean of heads"], row["mask"]], 1)
-        yield Image.fromarray(pixels.numpy()), duration
+        pixels = torch.cat([row["image"], row["mean of heads"], row["mask"]], 2)
+        yield to_pil_image(pixels), duration
 
 
 def draw_source(backbone, source, args, written):

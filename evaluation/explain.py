@@ -1,5 +1,6 @@
-"""What happens in training, drawn: the views, the schedules, the teacher's targets.
+"""What happens in training, drawn: networks, views, schedules, the teacher's targets.
 
+    python visualize.py networks            networks.png: from views to the loss (Figure 2)
     python visualize.py crops img.jpg       crops.png: the views of one image (3.1, "multi-crop")
     python visualize.py schedules           schedules.png: what changes from step to step (3.2)
     python visualize.py targets CKPT        targets.png: P_t of a batch, with and without centring
@@ -14,7 +15,6 @@ from pathlib import Path
 from random import Random
 
 import torch
-from einops import rearrange
 
 from augment import MEAN, STD, MultiCrop, photometry
 from evaluation.features import Extraction, extract_features
@@ -25,7 +25,8 @@ from util.checkpoint import load_backbone, load_checkpoint, load_strictly
 from util.data import evenly, load
 from util.images import stills
 from util.misc import say
-from util.plot import draw_curves, draw_panels, new_figure, panel, save_figure
+from util.plot import draw_log, draw_panels, new_figure, save_png
+from util.shapes import Shapes
 
 BATCH = 64  # images whose targets are drawn
 OUTPUTS = 32  # of them, the likeliest are drawn
@@ -39,13 +40,58 @@ def draw_crops(image, crop, rng, path):
         views = photometry(crops[None], drawn[None])[:, 0]
         seen += [(255 * (view * STD + MEAN)).round().byte() for view in views]
     names = ["global 1", "global 2"] + [f"local {n + 1}" for n in range(len(cut) - 2)]
-    rows = []
-    for views in (cut, seen):
-        row = {"the image": panel(image)}
-        for name, view in zip(names, views):
-            row[f"{name}, {view.shape[1]} px"] = rearrange(view, "c h w -> h w c")
-        rows.append(row)
+    titles = ["the image"] + [f"{name}, {view.shape[1]} px" for name, view in zip(names, cut)]
+    rows = [dict(zip(titles, [image, *views])) for views in (cut, seen)]
     draw_panels(rows, path, "above as they are cut out, below with colors, blur and solarization")
+
+
+BOXES = [  # of networks.png, in tenths of an inch: middle, width, text
+    (57, 36, 19, "student: a Network\nbackbone, then head"),
+    (57, 13, 19, "teacher: a Network\nbackbone, then head"),
+    (89, 36, 31, "P_s = softmax(s / student_temp)"),
+    (89, 13, 31, "P_t = teacher_probabilities()\nsoftmax((t - center) / teacher_temp)"),
+    (89, 3.5, 31, "update_center()\nthe running mean of t"),
+    (113, 24.5, 13, "dino_loss()\nH(P_t, P_s)"),
+]
+ARROWS = [  # middle of the text, text, the points that the arrow passes
+    (0, 0, "", (13, 25), (17, 25), (17, 36), (21, 36)),
+    (0, 0, "", (17, 25), (17, 13), (21, 13)),
+    (30.5, 44, "all views: MultiCrop, photometry()", (40, 36), (47.5, 36)),
+    (30.5, 8.5, "the two global views", (40, 13), (47.5, 13)),
+    (70, 37.5, "s", (66.5, 36), (73.5, 36)),
+    (68, 14.5, "t", (66.5, 13), (73.5, 13)),
+    (0, 0, "", (70, 13), (70, 3.5), (73.5, 3.5)),
+    (93, 8.2, "center", (89, 6.5), (89, 10)),
+    (0, 0, "", (104.5, 36), (113, 36), (113, 27.5)),
+    (105, 19, "sg: no gradient", (104.5, 13), (113, 13), (113, 21.5)),
+    (81, 24.5, "EMA: momentum * teacher + (1 - momentum) * student", (57, 33), (57, 16)),
+    (86.5, 45.5, "gradient", (117, 27.5), (117, 44), (57, 44), (57, 39)),
+]
+
+
+def draw_networks(path):
+    """Draw a step of training (Figure 2), by the names that the code has."""
+    image = Shapes()[1]
+    views = [(photometry(crops[None], drawn[None])[:, 0] * STD + MEAN).clamp(0, 1)
+             for crops, drawn in MultiCrop(64, 32, 4)(image, Random(2))]  # fmt: skip
+    pictures = [(1, 19, 12, image)]  # left, bottom and side
+    for bottom in (34, 11):  # the student's views, the teacher's
+        pictures += [(22 + 9 * n, bottom, 8, view) for n, view in enumerate(views[0])]
+    pictures += [(22 + 4.4 * n, 29.5, 3.8, view) for n, view in enumerate(views[1])]
+    figure = new_figure(12, 5)
+    axis = figure.subplots()
+    for x, y, side, pixels in pictures:
+        axis.imshow(pixels.movedim(0, 2).numpy(), extent=(x, x + side, y, y + side))
+    for x, y, width, text in BOXES:
+        axis.bar(x, 6, width, y - 3, color="whitesmoke", edgecolor="black")
+        axis.text(x, y, text, ha="center", va="center", fontsize=11)
+    for x, y, text, *points in ARROWS:
+        axis.text(x, y, text, ha="center", va="center", fontsize=11)
+        axis.plot(*zip(*points[:-1]), color="black", linewidth=1)
+        axis.annotate("", points[-1], points[-2], arrowprops={"arrowstyle": "->", "shrinkA": 0})
+    axis.set(xlim=(0, 120), ylim=(0, 50))
+    axis.axis("off")
+    save_png(path, figure.savefig)
 
 
 def draw_schedules(args, path):
@@ -57,12 +103,7 @@ def draw_schedules(args, path):
     lines = []
     for step, values in enumerate(train.schedules(args, 10, global_batch=256).tolist()):
         lines.append({"epoch": step / 10} | dict(zip(names, values)))
-    draw_curves(lines, path, {
-        "learning rate for 256 images a step": ({"lr": None}, {}),
-        "weight decay": ({"weight_decay": None}, {}),
-        "momentum of the teacher, lambda": ({"momentum": None}, {}),
-        "temperature of the teacher": ({"teacher_temp": None}, {}),
-    })  # fmt: skip
+    draw_log(lines, path, args.out_dim)
 
 
 def draw_targets(logits, center, student_temp, teacher_temp, path):
@@ -82,27 +123,22 @@ def draw_targets(logits, center, student_temp, teacher_temp, path):
     full = teacher_probabilities(logits, center, teacher_temp)[0]
     columns = full.sum(0).topk(min(OUTPUTS, full.shape[1])).indices
     rows = full[:, columns].argmax(1).argsort()
-    figure = new_figure(11, 2.9)
+    figure = new_figure(12, 3.2)
     for axis, (title, (c, temperature)) in zip(figure.subplots(1, 4, sharey=True), cases.items()):
         p = teacher_probabilities(logits, c, temperature)
         each, mean = entropies(p).tolist()
         part = p[0][rows][:, columns].numpy()
-        axis.imshow(part, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        shades = axis.imshow(part, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axis.set_title(f"{title}\nentropy {each:.2f}, of the mean {mean:.2f}", fontsize=9)
-        axis.set_xticks([])
-        axis.set_yticks([])
+        axis.set(xticks=[], yticks=[])
         say(f"{title:22} entropy of each {each:.2f}, of their mean {mean:.2f} nats")
+    figure.colorbar(shades, ax=figure.axes, label="probability", pad=0.01)
     figure.supxlabel(f"the {len(columns)} likeliest outputs", fontsize=9)
     figure.supylabel("images", fontsize=9)
-    save_figure(figure, path)
+    save_png(path, figure.savefig)
 
 
 # ---- the commands ----
-
-
-def crops(args, path):
-    _, image = next(stills(args.image))
-    draw_crops(image, MultiCrop(*config.crop_settings(args)), Random(args.seed), path)
 
 
 def targets(args, path):
@@ -129,21 +165,28 @@ def targets(args, path):
 
 
 def add_flags(parser, command):
+    if command in ("crops", "schedules"):
+        config.add_training_flags(parser)  # but here --arch and --output have other defaults
+    else:
+        config.add_flag(parser, "output_dir", type=Path, help="the picture's folder")
+    if command == "crops":
+        parser.add_argument("image", type=Path, help="an image, or a folder with one")
     if command == "targets":
         parser.add_argument("checkpoint", type=Path, help="a run's last.pth")
         config.add_flag(parser, "data_path", help="(default: what it was trained on)")
-        config.add_flag(parser, "output_dir", type=Path, help="the picture's folder")
-    else:
-        config.add_training_flags(parser)  # but here --arch and --output have other defaults
-    if command == "crops":
-        parser.add_argument("image", type=Path, help="an image, or a folder with one")
     parser.set_defaults(arch="vit_small", output_dir=Path())
 
 
 def visualize(args):
-    if args.command != "targets":
-        args = config.resolve(args)
     path = args.output_dir / f"{args.command}.png"
-    functions = {"crops": crops, "schedules": draw_schedules, "targets": targets}
-    functions[args.command](args, path)
+    if args.command == "crops":
+        args = config.resolve(args)
+        _, image = next(stills(args.image))
+        draw_crops(image, MultiCrop(*config.crop_settings(args)), Random(args.seed), path)
+    elif args.command == "schedules":
+        draw_schedules(config.resolve(args), path)
+    elif args.command == "targets":
+        targets(args, path)
+    else:
+        draw_networks(path)
     say(f"-> {path}")

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes
 
 from evaluation.features import add_extraction_flags, extract_features, extraction, features_of
 from util.config import count, share
@@ -26,7 +27,7 @@ from util.data import Files, Folder
 from util.distributed import rank0_first
 from util.images import read_image, stills, to_tensor
 from util.misc import Progress, atomic_write, is_main_process, say
-from util.plot import draw_panels, panel
+from util.plot import BLUE, ORANGE, draw_panels, shown
 
 ROWS, COLUMNS = 10, 8  # of a picture, at most
 SAMPLE = 200  # images, copies of which say how near copies are
@@ -55,7 +56,8 @@ def index_folder(args, subject):
 def search(args, subject):
     """Print the images of the folder that are nearest to each query, and draw them."""
     how, images, features = index_folder(args, subject)
-    rows, queries = [], 0
+    rows, queries, frames = [], 0, ""
+    labels = {Path(path).parent.name for path in images.paths}  # the names of their folders
     for path, image in stills(*args.query):
         crop = how.fit(image, how.size_for(subject.backbone))[None]
         query = F.normalize(features_of(subject.backbone, crop, how), dim=-1)[0].cpu()
@@ -65,12 +67,19 @@ def search(args, subject):
         for cosine, name in neighbours:
             say(f"  {cosine:6.3f}  {name}")
         if len(rows) < ROWS and is_main_process():
-            row = {"query": panel(image, 160)}
+            label = path.absolute().parent.name
+            row = {f"query\n{path.name}": shown(image)}
             for n, (cosine, name) in enumerate(neighbours[:COLUMNS]):
-                row[f"{n + 1}: {cosine:.3f}"] = panel(read_image(name), 160)
+                found = shown(read_image(name))
+                if label in labels:
+                    frames = "; blue: in a folder named like the query's, orange: in another"
+                    color = BLUE if Path(name).parent.name == label else ORANGE
+                    box = torch.tensor([[0, 0, found.shape[2] - 1, found.shape[1] - 1]])
+                    found = draw_bounding_boxes(found, box, colors=color, width=6)
+                row[f"{n + 1}\n{Path(name).name}\n{cosine:.3f}"] = found
             rows.append(row)
     if is_main_process():
-        draw_panels(rows, subject.folder / "search.png", "the nearest images, with their cosine")
+        draw_panels(rows, subject.folder / "search.png", f"the nearest images, by cosine{frames}")
         say(f"-> {subject.folder / 'search.png'}")
     return {"queries": queries, "images": len(images), "top": args.top}
 
@@ -118,9 +127,9 @@ def find_copies(args, subject):
             say(f"  {images.name(i)}")
     if groups and is_main_process():
         rows = []
-        for n, group in enumerate(groups[:ROWS]):
-            pictures = [panel(images[i], 160) for i in group[: COLUMNS + 1]]
-            rows.append({f"{n + 1}.{m + 1}": picture for m, picture in enumerate(pictures)})
+        for group in groups[:ROWS]:
+            few = enumerate(group[: COLUMNS + 1], 1)
+            rows.append({f"{m}\n{Path(images.name(i)).name}": shown(images[i]) for m, i in few})
         draw_panels(rows, subject.folder / "copies.png", "a group of near-duplicates in each row")
         say(f"-> {subject.folder / 'copies.png'}")
     figures = {"images": len(images), "groups": len(groups), "copies": grouped}

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
-from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from augment import normalize, resize
 from evaluation.features import fitted_size, usual_size
@@ -33,7 +33,7 @@ from util.checkpoint import load_backbone, require_vit
 from util.distributed import usable_device
 from util.images import frames, image_paths, stills, write_gif
 from util.misc import say
-from util.plot import draw_panels, tint
+from util.plot import WIDTH, draw_panels, outlined, shown
 from util.shapes import ShapesFilm
 
 MOST_AFFINITIES = 2**24  # computed at once: 64 MB
@@ -210,7 +210,7 @@ def open_film(args):
 
 
 def visualize(args):
-    """Carry a mask through a film: write each frame's mask, the film with tinted objects, a strip.
+    """Carry a mask through a film: write each frame's mask, the film with outlines, a strip.
 
     ValueError: what is written might replace the film or its mask, or there is one frame alone.
     """
@@ -226,20 +226,22 @@ def visualize(args):
     film, seen = tee(film)
     images = (image for _, image, _ in seen)
     short = args.size or usual_size(backbone)
-    masks = carry_mask(backbone, images, first, short, propagation_of(args))
-    carried = [(name, mask, tint(image, mask, palette), duration)
-               for (name, image, duration), mask in zip(film, masks)]  # fmt: skip
-    if len(carried) < 2:
+    masks = list(carry_mask(backbone, images, first, short, propagation_of(args)))
+    film = list(film)
+    if len(film) < 2:
         raise ValueError(f"{args.film!r} has one frame: a mask is carried to the next ones")
-    names = ["strip", *(name for name, *_ in carried)]
+    names = ["strip", *(name for name, *_ in film)]
     if len(set(names)) < len(names):
         raise ValueError(f"two frames are called {max(names, key=names.count)!r}")
 
     output.mkdir(parents=True, exist_ok=True)
-    for name, mask, _, _ in carried:
+    drawn = []
+    for (name, image, duration), mask in zip(film, masks):
         write_mask(output / f"{name}.png", mask, palette)
-    write_gif(((Image.fromarray(p.numpy()), ms) for _, _, p, ms in carried), output / "film.gif")
-    shown = torch.linspace(0, len(carried) - 1, min(6, len(carried))).round().int().tolist()
-    strip = {f"frame {t + 1}": carried[t][2] for t in shown}
+        large = image if image.shape[2] > WIDTH else shown(image)
+        drawn.append((to_pil_image(outlined(large, mask, palette)), duration))
+    write_gif(drawn, output / "film.gif")
+    few = torch.linspace(0, len(film) - 1, min(6, len(film))).round().int().tolist()
+    strip = {f"frame {t + 1}": outlined(shown(film[t][1]), masks[t], palette) for t in few}
     draw_panels([strip], output / "strip.png", "the first frame's mask, carried along")
-    say(f"{args.film}: {len(carried)} frames, {len(numbers_in(first))} objects -> {output}")
+    say(f"{args.film}: {len(film)} frames, {len(numbers_in(first))} objects -> {output}")

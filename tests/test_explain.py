@@ -11,11 +11,12 @@ from PIL import Image
 
 import visualize
 from augment import MultiCrop, normalize
-from conftest import TINY, command_here
+from conftest import ROOT, TINY, command_here
 from evaluation import explain
 from evaluation.features import center_crop
 from head import DINOHead
 from loss import teacher_probabilities
+from test_visualize import figures, overlaps  # noqa: F401
 from train import Network
 from util import config
 from util.checkpoint import load_backbone, load_checkpoint
@@ -46,12 +47,13 @@ def test_the_views_drawn_are_the_crops_and_what_is_seen_of_them(monkeypatch, tmp
     crop = MultiCrop(32, 16, 3)
     explain.draw_crops(image, crop, Random(6), tmp_path / "a.png")
     (above, below), _, _ = calls[0]
+    assert torch.equal(above["the image"], image)
     names = ["global 1, 32 px", "global 2, 32 px"] + [f"local {n}, 16 px" for n in (1, 2, 3)]
     assert list(above) == list(below) == ["the image", *names]
     (globals_, of_globals), (locals_, of_locals) = crop(image, Random(6))
     parameters, unchanged = [*of_globals, *of_locals], 0
     for name, view, drawn in zip(names, [*globals_, *locals_], parameters, strict=True):
-        assert torch.equal(above[name], view.permute(1, 2, 0))
+        assert torch.equal(above[name], view)
         changed = drawn[0] or drawn[5] >= 0 or drawn[6:].any()
         assert torch.equal(below[name], above[name]) != bool(changed), name
         unchanged += not changed
@@ -59,12 +61,12 @@ def test_the_views_drawn_are_the_crops_and_what_is_seen_of_them(monkeypatch, tmp
 
 
 def test_the_schedules_drawn_are_the_recipes(monkeypatch, tmp_path):
-    calls = shown_by(monkeypatch, "draw_curves")
+    calls = shown_by(monkeypatch, "draw_log")
     flags = "schedules --epochs 50 --teacher_temp 0.07 --warmup_teacher_temp_epochs 30".split()
     args = config.resolve(visualize.parse_args(flags))
     explain.draw_schedules(args, tmp_path / "a.png")
-    lines, _, plots = calls[0]
-    assert [name for curves, _ in plots.values() for name in curves] == [*lines[0]][1:]
+    lines, _, _ = calls[0]
+    assert [*lines[0]] == ["epoch", "lr", "weight_decay", "momentum", "teacher_temp"]
     assert lines[100]["epoch"] == 10 and lines[100]["lr"] == lines[99]["lr"] == 5e-4
     assert lines[0]["lr"] == 0 and lines[-1]["lr"] == pytest.approx(1e-6, rel=0.01)
     assert (lines[0]["momentum"], lines[-1]["momentum"]) == (0.996, pytest.approx(1, abs=1e-7))
@@ -89,11 +91,42 @@ def test_centring_and_sharpening_are_drawn_each_alone_and_together(tmp_path, mon
     assert Image.open(tmp_path / "a.png").size[0] > 500
 
 
+def test_targets_have_a_color_bar(figures, tmp_path):
+    explain.draw_targets(torch.randn(1, 20, 50), torch.randn(50), 0.1, 0.02, tmp_path / "a.png")
+    *panels, bar = figures[0].axes
+    assert len(panels) == 4 and bar.get_ylabel() == "probability" and bar.get_ylim() == (0, 1)
+    assert {panel.images[0].get_clim() for panel in panels} == {(0, 1)}
+    assert not overlaps(figures[0])
+
+
+def test_figure_2_has_the_names_of_the_code_and_no_overlaps(figures, tmp_path):
+    explain.draw_networks(tmp_path / "a.png")
+    assert not overlaps(figures[0])
+    (axis,) = figures[0].axes
+    texts = [text for text in axis.texts if text.get_text()]
+    words = re.findall(r"\w+", " ".join(text.get_text() for text in texts))
+    code = set(re.findall(r"\w+", (ROOT / "train.py").read_text()))
+    for name in (
+        "MultiCrop photometry Network student teacher backbone head teacher_probabilities center "
+        "update_center student_temp teacher_temp dino_loss momentum"
+    ).split():
+        assert name in words and name in code, name
+    assert "sg" in words and "EMA" in words
+    boxes = [bar.patches[0].get_window_extent() for bar in axis.containers]
+    for text in texts:
+        x0, y0, x1, y1 = text.get_window_extent().extents
+        around = [box for box in boxes if box.overlaps(text.get_window_extent())]
+        for box in around:  # at most one, and the text lies inside
+            assert box.x0 < x0 and x1 < box.x1 and box.y0 < y0 and y1 < box.y1
+        assert len(around) <= 1
+
+
 def test_targets_are_the_teachers_and_pictures_are_written(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.effect_noise((40, 30), 90).save("a.png")
     few = "--local_crops_number", "2"
-    for flags in (["targets", str(checkpoint)], ["schedules"], ["crops", "a.png", *few]):
+    crops = ["crops", "a.png", *few]
+    for flags in (["targets", str(checkpoint)], ["schedules"], ["networks"], crops):
         assert command_here("visualize.py", *flags, "--output", "out") == (0, [])
         assert Image.open(f"out/{flags[0]}.png").size[0] > 500
 

@@ -29,6 +29,8 @@ from evaluation.features import (
 )
 from evaluation.retrieval import near_duplicates
 from util.data import Files, Folder
+from util.images import read_image
+from util.plot import shown
 from util.shapes import Shapes
 
 CPU = torch.device("cpu")
@@ -84,6 +86,50 @@ def test_search_finds_the_nearest_but_not_the_query_itself(album, capsys):
     del cosines[str(queries[0])]
     best = sorted(cosines, key=cosines.get, reverse=True)[:3]
     assert [line.split(maxsplit=1)[1] for line in lines[2:5]] == best
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """What draw_panels is given, rather than its picture."""
+    calls = []
+    monkeypatch.setattr(retrieval, "draw_panels", lambda *drawn: calls.append(drawn))
+    return calls
+
+
+def test_what_is_found_has_its_name_and_a_frame_that_says_whether_its_folder_is_the_querys(
+    album, capsys, rows
+):
+    """The query's folder is called as one in --data, wherever it lies; else there are no frames."""
+    (album / "album" / "torn.png").unlink()
+    (album / "elsewhere" / "holiday").mkdir(parents=True)
+    query = album / "elsewhere" / "holiday" / "9.png"
+    Image.open(album / "album" / "holiday" / "1.png").save(query)
+    lines, _ = run(album, capsys, "search", query, album / "album" / "0.png", "--top", 8)
+    (first, second), _, note = rows[0]
+    assert "blue: in a folder named like the query's, orange: in another" in note
+    assert [*first][:2] == ["query\n9.png", "1\n1.png\n1.000"] and "query\n0.png" in second
+    found = [line.split(maxsplit=1) for line in lines[2:10]]
+    blue, orange = [0, 0x72, 0xB2], [0xD5, 0x5E, 0]
+    colors = []
+    for n, (cosine, path) in enumerate(found, 1):
+        panel = first[f"{n}\n{Path(path).name}\n{cosine}"]
+        colors.append(panel[:, 0, 0].tolist())
+        assert colors[-1] == (blue if "holiday" in path else orange)
+        for edge in (panel[:, :6], panel[:, -6:], panel[:, :, :6], panel[:, :, -6:]):
+            assert (edge.flatten(1).T == torch.tensor(colors[-1])).all()
+        inside = shown(read_image(path))[:, 6:-6, 6:-6]
+        assert torch.equal(panel[:, 6:-6, 6:-6], inside)
+    assert blue in colors and orange in colors
+    for title, panel in second.items():  # a query from no such folder
+        assert panel[:, 0, 0].tolist() not in (blue, orange), title
+
+    run(album, capsys, "search", album / "album" / "0.png")
+    assert rows[1][2] == "the nearest images, by cosine"
+
+
+def test_copies_are_drawn_with_their_names(album, capsys, rows):
+    run(album, capsys, "copies", "--threshold", "0.99999")
+    assert [*rows[0][0][0]] == ["1\n0.png", "2\nz copy.png"]
 
 
 def test_links_to_the_query_are_the_query_and_take_no_ones_place(album, capsys):

@@ -14,6 +14,7 @@ from evaluation import video
 from evaluation.masks import read_mask, voc_palette, write_mask
 from evaluation.video import Propagation, carry_mask, harden, mix_labels
 from tests import textbook
+from util.images import to_tensor
 
 pytestmark = pytest.mark.usefixtures("several_blocks")
 
@@ -183,14 +184,35 @@ def test_a_film_gets_a_palette_png_a_frame_and_a_gif(film, capsys):
         mask, palette = read_mask(out / name)
         assert mask.shape == (24, 32) and palette[:9] == [0, 0, 0, 10, 20, 30, 40, 50, 60]
     assert torch.equal(read_mask(out / "7.png")[0], mask_of([1, 2]))
-    with Image.open(out / "film.gif") as tinted:
-        assert sum(1 for _ in ImageSequence.Iterator(tinted)) == 5
+    with Image.open(out / "film.gif") as outlined:
+        assert sum(1 for _ in ImageSequence.Iterator(outlined)) == 5
+        assert outlined.size == (224, 168)  # a small film is enlarged
     assert Image.open(out / "strip.png").width > 500
     assert "5 frames, 2 objects" in capsys.readouterr().out
 
     run(film, film / "film.gif", *flags, "--output", film / "out")
     names = [f"{t:05}.png" for t in range(5)] + ["film.gif", "strip.png"]
     assert sorted(path.name for path in (film / "out").iterdir()) == names
+
+
+def test_the_film_and_the_strip_show_outlines_at_their_own_sizes(film, monkeypatch):
+    gifs, strips = [], []
+    monkeypatch.setattr(video, "write_gif", lambda pictures, path: gifs.append([*pictures]))
+    monkeypatch.setattr(video, "draw_panels", lambda rows, path, note: strips.append(rows))
+    (film / "large").mkdir()
+    for path in (film / "frames").iterdir():
+        Image.open(path).resize((640, 480)).save(film / "large" / path.name)
+    with Image.open(film / "first.png") as mask:
+        mask.resize((640, 480), Image.NEAREST).save(film / "mask.png")
+    run(film, film / "large", "--mask", film / "mask.png", "--size", 24)
+    (picture, duration), *_ = gifs[0]
+    assert picture.size == (640, 480) and duration == 100
+    left = to_tensor(picture)[:, 160, 32:40]  # of the first object, which begins at 40
+    assert left.tolist() == [[0, 0, 0, 0, 255, 255, 255, 255]] * 3
+    (row,) = strips[0]
+    assert [*row] == [f"frame {t}" for t in range(1, 6)]
+    panel = row["frame 1"]
+    assert panel.shape == (3, 168, 224) and panel[:, 56, 12:14].tolist() == [[0, 255]] * 3
 
 
 def test_a_mask_that_lies_among_the_frames_is_no_frame(film):

@@ -3,15 +3,19 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image, ImageSequence
 
 import train
 import visualize
 from augment import normalize
 from conftest import TINY, backbone_of, errors
+from evaluation import explain
+from evaluation.features import keep_mass
 from util import plot
 from util.checkpoint import Loaded, resnet50
 from util.data import load
@@ -98,12 +102,12 @@ def test_a_bright_square_is_found_where_it_is(smooth, top, left):
     assert heat[1].std() < 1e-6  # the second head does not look
     panels = visualize.panels(image, maps[:1], 0.999, smooth)
     assert list(panels) == ["image", "head 1", "mean of heads", "mask"]
-    assert all(panel.shape == (512, 328, 3) for panel in panels.values())
-    assert torch.equal(panels["image"], image.permute(1, 2, 0))
-    cut = panels["mask"][top + 10 : top + 30, left + 10 : left + 30]
-    assert (cut == 255).all() and (panels["mask"] == plot.OUTLINE).all(-1).any()
-    assert torch.equal(panels["mask"][200:203, :5], torch.zeros(3, 5, 3, dtype=torch.uint8))
-    light = panels["head 1"].float().mean(-1)
+    assert all(panel.shape == (3, 512, 328) for panel in panels.values())
+    assert torch.equal(panels["image"], image)
+    kept = plot.upsample(keep_mass(maps[:1], 0.999), 512, 328, smooth)[0] > 0.5
+    assert torch.equal(panels["mask"], plot.outlined(torch.where(kept, image, image // 4), kept))
+    assert kept[top + 10 : top + 30, left + 10 : left + 30].all() and not kept[200:203, :5].any()
+    light = panels["head 1"].float().mean(0)
     assert light[inside].mean() > 3 * light[~inside].mean()
 
 
@@ -136,7 +140,8 @@ def test_a_figure_has_a_panel_for_each_head_and_a_row_for_each_size(checkpoint, 
     save(Shapes()[0], tmp_path / "a.png")
     drawn([checkpoint, tmp_path / "a.png", "--size", 16, 40])
     rest = ["head 1", "head 2", "head 3", "head 4", "mean of heads", "mask"]
-    assert [list(row) for row in rows[0]] == [[f"seen at {n} pixels", *rest] for n in (16, 40)]
+    firsts = [f"image\nseen at {n} pixels" for n in (16, 40)]
+    assert [list(row) for row in rows[0]] == [[first, *rest] for first in firsts]
     assert not torch.equal(rows[0][0]["head 1"], rows[0][1]["head 1"])
 
 
@@ -187,6 +192,7 @@ def test_a_film_keeps_its_length_its_times_and_what_moves(tmp_path, bright_loade
             image, mean, mask = to_tensor(frame.copy()).float().mean(0).split(64, 1)
             for part in (image, mask):
                 assert part[8:16, 8 * i : 8 * i + 8].min() > 240
+            assert mask[7, 8 * i : 8 * i + 8].min() > 240 > 50 > image[7].max()  # its outline
             light = mean.unfold(0, 8, 8).unfold(1, 8, 8).mean((-1, -2))
             assert divmod(light.argmax().item(), 8) == (1, i)
 
@@ -219,21 +225,49 @@ def test_a_film_that_is_cut_short_ends_where_it_is_cut(checkpoint, tmp_path, cap
     assert 2 <= Image.open(tmp_path / "film_attention.gif").n_frames <= 5
 
 
-def axes_of(draw, monkeypatch, path):
-    """The axes of what draw() saves, {title: axis}."""
-    figures, real = [], plot.new_figure
+@pytest.fixture
+def figures(monkeypatch):
+    """The matplotlib figures that are drawn."""
+    made, real = [], plot.new_figure
 
-    def record(*args, **flags):
-        figures.append(real(*args, **flags))
-        return figures[-1]
+    def record(*args):
+        made.append(real(*args))
+        return made[-1]
 
     monkeypatch.setattr(plot, "new_figure", record)
-    draw()
-    assert Image.open(path).size[0] > 500 and path.stat().st_size < 500_000
-    return {axis.get_title(): axis for axis in figures[0].axes}
+    monkeypatch.setattr(explain, "new_figure", record)
+    return made
 
 
-def test_curves_show_what_the_log_says(tmp_path, monkeypatch):
+def overlaps(figure):
+    """The pairs of texts in a figure that overlap, and the texts that leave the figure."""
+    figure.draw_without_rendering()
+    hidden = set()  # the labels of ticks that are not drawn
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = axis.get_view_interval()
+            beyond = [tick for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high]
+            for tick in beyond if axes.axison else axis.get_major_ticks():
+                hidden |= {tick.label1, tick.label2}
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text not in hidden]
+    assert len(boxes) > 5
+    found = [one for one, box in boxes if box.x0 < 0 or box.y0 < 0 or box.x1 > figure.bbox.x1
+             or box.y1 > figure.bbox.y1]  # fmt: skip
+    for i, (one, box) in enumerate(boxes):
+        found += [(one, other) for other, other_box in boxes[:i] if box.overlaps(other_box)]
+    return found
+
+
+def write_log(folder, names, epochs):
+    """A run's log with the values of these names at some epochs, and what else its curves need."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text('{"out_dim": 64}')
+    lines = [{"epoch": epoch, **{name: epoch % 3 for name in names}} for epoch in epochs]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def test_curves_show_what_the_log_says(tmp_path, figures):
     names = "loss entropy mean_entropy kl lr weight_decay momentum teacher_temp".split()
     lines = []
     for i in range(1, 31):
@@ -243,9 +277,11 @@ def test_curves_show_what_the_log_says(tmp_path, monkeypatch):
     lines.insert(0, {"step": 0, "epoch": 0, "knn": 30.0})  # from before the student's was logged
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 31, "ep')
     (tmp_path / "config.json").write_text('{"out_dim": 64}')
-    flags = [tmp_path, "--output", tmp_path / "out"]
-    axes = axes_of(lambda: drawn(flags), monkeypatch, tmp_path / "out" / "curves.png")
+    drawn([tmp_path, "--output", tmp_path / "out"])
+    assert Image.open(tmp_path / "out" / "curves.png").width == 1200
+    axes = {axis.get_title(): axis for axis in figures[0].axes}
     assert len(axes) == 8
+    assert all(axis.get_xlim() == (0, 6) for title, axis in axes.items() if "k-NN" not in title)
     data = {}
     for title, axis in axes.items():
         curves = axis.get_lines()
@@ -266,6 +302,34 @@ def test_curves_show_what_the_log_says(tmp_path, monkeypatch):
     assert each[0] == 11 and mean[0] == 21
     assert uniform == [math.log(64)] * 2 and zero == [0, 0]
     assert data["k-NN top-1, %"] == [("teacher", [0, 2], [30.0, 40.0]), ("student", [2], [35.0])]
+
+
+@pytest.mark.parametrize("names, title", [
+    (["loss", "kl", "knn", "knn_student"], "k-NN top-1, %"),
+    (["loss", "kl", "halves", "halves_student"], "left half finds right half, %"),
+    (["loss", "kl"], None),
+])  # fmt: skip
+def test_curves_have_no_empty_panel_and_begin_where_the_log_does(tmp_path, figures, names, title):
+    write_log(tmp_path / "run", names, [2.5 + i / 10 for i in range(30)])
+    drawn([tmp_path / "run"])
+    wanted = ["loss", "KL(teacher, student), nats", title]
+    assert [axis.get_title() for axis in figures[0].axes] == [one for one in wanted if one]
+    assert all(axis.get_xlim() == (2, 5.4) for axis in figures[0].axes)
+    if title:
+        curves = figures[0].axes[2].get_lines()
+        assert [curve.get_label() for curve in curves] == ["teacher", "student"]
+
+
+def test_no_label_of_the_curves_overlaps_another(tmp_path, figures):
+    names = "loss entropy mean_entropy kl knn knn_student halves halves_student lr weight_decay"
+    for epochs in ([0], [0, 0.01], range(300)):
+        write_log(tmp_path / "run", [*names.split(), "momentum", "teacher_temp"], epochs)
+        drawn([tmp_path / "run"])
+        assert len(figures[-1].axes) == 9 and not overlaps(figures[-1])
+        for axis in figures[-1].axes:
+            highest = max(curve.get_window_extent().y1 for curve in axis.get_lines())
+            legend = axis.get_legend()
+            assert legend is None or legend.get_window_extent().y0 > highest
 
 
 def test_training_keeps_attention_at_log_spaced_steps_through_a_resume_and_draws_it(tmp_path, rows):
@@ -299,15 +363,100 @@ def test_training_keeps_attention_at_log_spaced_steps_through_a_resume_and_draws
     assert (tmp_path / "whole" / "curves.png").exists()
 
 
-def test_the_pictures_are_small_whole_and_have_their_panels(tmp_path, monkeypatch):
+@pytest.fixture
+def written(monkeypatch):
+    """What is written into pictures of panels: [(text, its box in pixels)]."""
+    texts, real = [], plot.ImageDraw.ImageDraw.text
+
+    def record(draw, xy, text, fill, anchor, **more):
+        texts.append((text, draw.textbbox(xy, text, anchor=anchor, **more)))
+        real(draw, xy, text, fill, anchor=anchor, **more)
+
+    monkeypatch.setattr(plot.ImageDraw.ImageDraw, "text", record)
+    return texts
+
+
+def test_texts_stand_apart_and_inside_the_margins(tmp_path, written):
+    """Titles once, though the rows' lengths differ; what stands below a panel fits its width."""
+    shapes = (3, 30, 20), (3, 20, 400), (3, 400, 20)
+    images = [torch.full(shape, 100, dtype=torch.uint8) for shape in shapes]
+    long = "W" * 60 + ".png", "a$b$ gr\u00f6\u00dfe.png", "\u65e5\u672c" * 20, "caf\udce9.png"
+    rows = [{f"{n}\n{name}\n0.{n}": image for n, (name, image) in enumerate(zip(long, images))}]
+    rows.append({f"{n}\n{name}": image for n, (name, image) in enumerate(zip(long[2:], images))})
+    plot.draw_panels(rows, "a.png", "a note of many words " * 9)
+    texts = [text for text, _ in written]
+    assert texts.count("0") == texts.count("1") == texts.count("2") == 1
+    assert long[1] in texts and long[3] in texts and "0.2" in texts
+    shortened = [text for text in texts if "\u2026" in text]
+    assert len(shortened) == 3 and shortened[0].endswith("WW.png")
+    picture = Image.open("a.png")
+    for i, (_, (left, top, right, bottom)) in enumerate(written):
+        assert plot.GAP <= left and right <= picture.width - plot.GAP
+        assert 0 <= top and bottom <= picture.height
+        for _, (left_2, top_2, right_2, bottom_2) in written[:i]:
+            apart = left >= right_2 or right <= left_2 or top >= bottom_2 or bottom <= top_2
+            assert apart
+
+
+def test_panels_are_large_and_have_one_row_of_titles(written):
+    tiny = torch.randint(256, (3, 2, 2), dtype=torch.uint8)
+    blocks = tiny.repeat_interleave(112, 1).repeat_interleave(112, 2)
+    assert torch.equal(plot.shown(tiny), blocks) and torch.equal(plot.shown(blocks), blocks)
+    images = [torch.full((3, h, w), 90, dtype=torch.uint8) for h, w in ((30, 40), (900, 600))]
+    plot.draw_panels([{"image": image} for image in images], "a.png", "a note")
+    gray = (to_tensor(Image.open("a.png")) == 90).all(0)
+    assert gray.any(0).sum() == 224 >= 220 and gray.any(1).sum() == 224 * 3 // 4 + 224 * 3 // 2
+    written.clear()
+    visualize.draw_attention(backbone_of("vit_micro", 8, 32).eval(), images, "a.png")
+    heads = [f"head {n}" for n in range(1, 13)]
+    titles = ["image", *heads[:4], "mean of heads", "mask"]
+    assert [text for text, _ in written[:-1]] == titles
+    assert Image.open("a.png").width == 7 * (224 + 8) + 8
+    written.clear()
+    backbone = ViT(16, embed_dim=48, depth=1, num_heads=12, img_size=32)
+    visualize.draw_attention(backbone, images, "a.png")  # two lines a row, each with its titles
+    titles = ["image", *heads, "mean of heads", "mask"]
+    assert [text for text, _ in written[:-1]] == 2 * titles
+    assert Image.open("a.png").width == 8 * (224 + 8) + 8
+
+
+def test_pictures_of_noise_are_small_and_take_a_path_as_text(tmp_path):
     images = [Shapes()[i] for i in range(6)]
     images[3:] = images[3][:, :20], images[4][:, :, :1], images[5][:, :1]
-    backbone, path = ViT(16, embed_dim=48, depth=1, num_heads=12, img_size=32), tmp_path / "a.png"
-    axes = axes_of(lambda: visualize.draw_attention(backbone, images[:1], path), monkeypatch, path)
-    heads = {f"head {i}" for i in range(1, 13)}  # two lines a row, the last place empty
-    assert set(axes) == {"image", "mean of heads", "mask", ""} | heads
-    visualize.draw_attention(backbone_of("vit_micro", 8, 32).eval(), images, path)
-    assert path.stat().st_size < 500_000
+    backbone = backbone_of("vit_micro", 8, 32).eval()
+    visualize.draw_attention(backbone, images, "new/a.png")
+    kept = {0: [visualize.attend(backbone, images[0])[1]]}
+    visualize.draw_emergence(images[:1], kept, "new/b.png")
+    visualize.draw_log([{"epoch": 0, "loss": 1.0}], "new/c.png", 64)
+    assert all(Path(f"new/{name}.png").stat().st_size < 500_000 for name in "abc")
+
+
+def test_a_map_is_what_one_sees_not_the_image():
+    image, flat = torch.randint(256, (3, 30, 40), dtype=torch.uint8), torch.full((30, 40), 0.2)
+    seen = plot.overlay(image, flat).float()
+    assert seen.amax((1, 2)).sub(seen.amin((1, 2))).max() <= 0.15 * 256
+    flat[:, :20] = 0.1
+    seen = plot.overlay(image, flat).float().mean((0, 1))
+    assert seen[20:].min() > seen[:20].max() + 50
+
+
+@pytest.mark.parametrize("brightness", [0, 90, 255])
+def test_an_outline_shows_on_anything(brightness):
+    image = torch.full((3, 240, 360), brightness, dtype=torch.uint8)
+    mask = torch.zeros(120, 180, dtype=torch.uint8)  # at half the size
+    mask[40:60, 50:80], mask[60:80, 50:80], mask[0, 0] = 1, 2, 255
+    outlined = plot.outlined(image, mask)
+    across = [[brightness] * 4 + [0, 0, 255, 255] + [brightness] * 4] * 3
+    assert outlined[:, 90, 92:104].tolist() == across == outlined[:, 140, 92:104].tolist()
+    down = [[brightness] * 4 + [0, 0, 255, 255] + [brightness] * 10] * 3
+    assert outlined[:, 72:90, 130].tolist() == down
+    assert (outlined[:, :70] == brightness).all()  # what is left open has no outline
+    tinted = plot.outlined(image, mask, [0, 0, 0, 200, 0, 0, 0, 200, 0])
+    assert torch.equal(tinted[:, :, :100], outlined[:, :, :100])
+    for top, color in ((82, [200, 0, 0]), (122, [0, 200, 0])):
+        wanted = [int(0.7 * brightness + 0.3 * value) for value in color]
+        got = tinted[:, top + 10, 120].tolist()
+        assert all(abs(a - b) <= 1 for a, b in zip(got, wanted))
 
 
 def test_a_film_strip_of_many_steps_keeps_the_first_and_the_last(tmp_path, rows):
