@@ -1,4 +1,4 @@
-"""docs/tour.md: its commands run, its Python prints what it says, what it names is there."""
+"""docs/tour.md and docs/python.md: what they have to run runs, and what they name is there."""
 
 import ast
 import contextlib
@@ -6,16 +6,18 @@ import importlib
 import io
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import visualize
-from conftest import ROOT, command_here
+from conftest import ROOT, backbone_of, command_here
 from util import shapes
 
-TOUR = (ROOT / "docs" / "tour.md").read_text()
+PAGES = {name: (ROOT / "docs" / name).read_text() for name in ("tour.md", "python.md")}
+TOUR = PAGES["tour.md"]
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TOUR, re.S)  # (language, content), ...
 COMMANDS = [
     line
@@ -24,16 +26,16 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("python ")
 ]
-PROSE = re.sub(r"```.*?```", "", TOUR, flags=re.S)
+PROSE = re.sub(r"```.*?```", "", "".join(PAGES.values()), flags=re.S)
 TRIED = [" ".join(found.split()) for found in re.findall(r"`(python [^`]+)`", PROSE)]
-TRIED = [found for found in TRIED if "CKPT" not in found and found != "python evaluate.py search"]
 NUMBER = r"-?\d+\.?\d*"
 PRINTED = {  # the last command of a block: what stands below it
     block.splitlines()[-1]: after
     for (_, block), (language, after) in zip(BLOCKS, BLOCKS[1:])
     if language == "text"
 }
-STOPS = re.split(r"^## (?=\d)", TOUR, flags=re.M)[1:]
+BODY, ANSWERS = TOUR.split("## Answers")
+STOPS = re.split(r"^## (?=\d)", BODY, flags=re.M)[1:]
 
 
 def without_numbers(text):
@@ -46,13 +48,15 @@ def place(tmp_path, monkeypatch):
     """A folder with what the commands name; of the built-in images there are few."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shapes, "LENGTHS", {"train": 200, "val": 100})
-    Image.effect_noise((40, 30), 90).save("img.jpg")
+    Path("photos").mkdir()
+    for name in ("img.jpg", "photos/a.jpg"):
+        Image.effect_noise((40, 30), 90).save(name)
 
 
 def test_every_command_runs(place, monkeypatch):
     monkeypatch.setattr(visualize, "draw_run", lambda run: None)  # as at each run's end
-    assert len(COMMANDS) > 12 and len(TRIED) >= 4
-    for command in COMMANDS + TRIED:
+    assert len(COMMANDS) > 12 and len(TRIED) > 12
+    for command in dict.fromkeys(COMMANDS + TRIED):
         file, *flags = shlex.split(command.removeprefix("python ").removeprefix("-m "))
         if file == "train.py":  # the first step alone
             flags += ["--steps", "1", "--knn_every", "0"]
@@ -63,6 +67,8 @@ def test_every_command_runs(place, monkeypatch):
             said = [without_numbers(line) for line in out.getvalue().splitlines()]
             for line in PRINTED[command].splitlines():
                 assert without_numbers(line) in said, (command, line)
+    for file in re.findall(r"`(runs/[\w./]+)`", PROSE):
+        assert Path(file).is_file(), file
 
 
 def python_blocks():
@@ -83,19 +89,32 @@ def test_python_prints_what_the_tour_says(code, printed):
     assert got == pytest.approx(expected, abs=0.021)
 
 
-def test_what_the_tour_names_is_there():
-    names = re.findall(r"`([\w/]+)\.py:([\w.]+)`", TOUR)
-    assert len(names) > 15
+def anchors(text):
+    """What the headings of a page are linked by."""
+    headings = re.findall(r"^#+ (.*)", text, re.M)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_is_there(page):
+    text = PAGES[page]
+    names = re.findall(r"`([\w/]+)\.py:([\w.]+)`", text)
+    assert len(names) > 5
     for module, name in names:
         found = importlib.import_module(module.replace("/", "."))
         for part in name.split("."):
             found = getattr(found, part)
-    for link in re.findall(r"\]\((?!http)([^)#]+)", TOUR):
-        assert (ROOT / "docs" / link).exists(), link
+    for file in re.findall(r"`([\w/]+\.py)`", text):
+        assert (ROOT / file).exists(), file
+    for link, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+        target = ROOT / "docs" / (link or page)
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), anchor
 
 
 def test_each_stop_is_named_by_a_file_that_it_opens():
     assert [int(stop.split(".")[0]) for stop in STOPS] == list(range(1, 13))
+    assert [int(number) for number in re.findall(r"^(\d+)\. ", ANSWERS, re.M)] == list(range(1, 13))
     for number, stop in enumerate(STOPS, 1):
         named = set()
         for module in re.findall(r"`([\w/]+)\.py[:`]", stop):
@@ -105,14 +124,24 @@ def test_each_stop_is_named_by_a_file_that_it_opens():
         assert str(number) in named, stop[:40]
 
 
-def test_a_training_loop_of_ones_own_runs():
-    """docs/library.md: at most twenty lines but for imports, and the teacher moves a little."""
-    page = (ROOT / "docs" / "library.md").read_text()
-    code = re.findall(r"```python\n(.*?)```", page, re.S)[0]
-    lines = [line for line in code.splitlines() if line and "import " not in line]
-    names = {}
-    exec(code, names)
+def test_each_block_of_python_runs(place):
+    """docs/python.md: the shapes are those in its comments, and its loop has twenty lines."""
+    Path("runs/laptop").mkdir(parents=True)
+    torch.save(backbone_of("vit_micro", 4, 32).state_dict(), "runs/laptop/last.pth")
+    blocks = re.findall(r"```python\n(.*?)```", PAGES["python.md"], re.S)
+    names, shapes_said = {}, 0
+    for code in blocks:
+        exec(code, names)
+        for name, shape in re.findall(r"(\w+) = .*# (\[[\d, ]+\])", code):
+            assert list(names[name].shape) == ast.literal_eval(shape), name
+            shapes_said += 1
+    assert len(blocks) == 4 and shapes_said == 5 and len(names["maps"]) == 2
+    assert Path("img_attention.png").is_file()
+
+    lines = [line for line in blocks[2].splitlines() if line and "import " not in line]
     assert len(lines) <= 20 and 0 < names["loss"] < 6 and names["center"].any()
     student, teacher = (names[name].state_dict() for name in ("student", "teacher"))
     moved = [(student[name] - teacher[name]).abs().max() for name in student]
     assert 0 < max(moved) < 0.1
+    saved = names["backbone"].state_dict()
+    assert all(saved[name].equal(teacher[f"0.{name}"]) for name in saved)
