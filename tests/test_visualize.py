@@ -306,7 +306,6 @@ def test_curves_show_what_the_log_says(tmp_path, figures):
 
 @pytest.mark.parametrize("names, title", [
     (["loss", "kl", "knn", "knn_student"], "k-NN top-1, %"),
-    (["loss", "kl", "halves", "halves_student"], "left half finds right half, %"),
     (["loss", "kl"], None),
 ])  # fmt: skip
 def test_curves_have_no_empty_panel_and_begin_where_the_log_does(tmp_path, figures, names, title):
@@ -321,11 +320,11 @@ def test_curves_have_no_empty_panel_and_begin_where_the_log_does(tmp_path, figur
 
 
 def test_no_label_of_the_curves_overlaps_another(tmp_path, figures):
-    names = "loss entropy mean_entropy kl knn knn_student halves halves_student lr weight_decay"
+    names = "loss entropy mean_entropy kl knn knn_student lr weight_decay"
     for epochs in ([0], [0, 0.01], range(300)):
         write_log(tmp_path / "run", [*names.split(), "momentum", "teacher_temp"], epochs)
         drawn([tmp_path / "run"])
-        assert len(figures[-1].axes) == 9 and not overlaps(figures[-1])
+        assert len(figures[-1].axes) == 8 and not overlaps(figures[-1])
         for axis in figures[-1].axes:
             highest = max(curve.get_window_extent().y1 for curve in axis.get_lines())
             legend = axis.get_legend()

@@ -22,7 +22,8 @@ from util.misc import atomic_write, first_line, say, track
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # recognised by Pillow, but no more
 SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information",
            "lost+found", "Thumbs.db", "desktop.ini")  # fmt: skip
-OUR_PICTURE = re.compile(r"(.+_attention|search|copies|crops|targets|schedules)\.(png|gif)")
+OUR_PICTURE = re.compile(r"(.+_attention|search|copies|crops|targets|schedules|networks|curves)"
+                         r"\.(png|gif)")  # fmt: skip
 Image.MAX_IMAGE_PIXELS = 2**27  # twice as many, more than any camera's, are refused
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30  # text is passed over
 

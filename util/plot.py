@@ -124,7 +124,6 @@ def draw_log(lines, path, out_dim):
         "entropy of the teacher, nats": (two, {"ln K:\nuniform": full, "0: one\noutput": 0}),
         "KL(teacher, student), nats": ({"kl": None}, {"0:\ncollapse": 0}),
         "k-NN top-1, %": ({"knn": "teacher", "knn_student": "student"}, {}),
-        "left half finds right half, %": ({"halves": "teacher", "halves_student": "student"}, {}),
         "learning rate": ({"lr": None}, {}),
         "weight decay": ({"weight_decay": None}, {}),
         "momentum of the teacher": ({"momentum": None}, {}),
