@@ -42,7 +42,7 @@ def draw_crops(image, crop, rng, path):
     names = ["global 1", "global 2"] + [f"local {n + 1}" for n in range(len(cut) - 2)]
     titles = ["the image"] + [f"{name}, {view.shape[1]} px" for name, view in zip(names, cut)]
     rows = [dict(zip(titles, [image, *views])) for views in (cut, seen)]
-    draw_panels(rows, path, "above as they are cut out, below with colors, blur and solarization")
+    draw_panels(rows, path, "above as they are cut out, below flipped, colored, blurred, solarized")
 
 
 BOXES = [  # of networks.png, in tenths of an inch: middle, width, text
