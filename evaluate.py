@@ -264,8 +264,9 @@ def evaluate_linear(args, subject):
     path = subject.folder / "linear.pth"
     made = made_by(subject.backbone, replace(how, dtype=None))
     saved = {"head": heads[best].cpu().state_dict(), "classes": train.classes, "made_by": made}
+    saved |= {"size": how.size, **kind}
     if is_main_process():
-        atomic_write(path, lambda file: torch.save(saved | kind, file))
+        atomic_write(path, lambda file: torch.save(saved, file))
     say(f"the best, of learning rate {args.lr[best]:g} x batch / 256 -> {path}")
     figures = {"epochs": args.epochs, "cached": args.cached, **kind, "lr": args.lr}
     figures |= dict(zip(("top1", "top5", "loss"), zip(*scores)))
@@ -332,7 +333,8 @@ def main(args):
         figures = module_of(args.command).evaluate(args, subject)
         if figures and is_main_process():
             line = dict(command=args.command, checkpoint=args.checkpoint, network=args.network)
-            line |= {"data": subject.data, **figures, "seconds": round(time.monotonic() - start, 1)}
+            line |= {"data": subject.data, "size": args.size or subject.backbone.img_size}
+            line |= {**figures, "seconds": round(time.monotonic() - start, 1)}
             append_json(subject.folder / "evaluate.jsonl", line)
 
 

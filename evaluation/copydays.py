@@ -22,7 +22,6 @@ from evaluation.features import (
     square,
 )
 from evaluation.ranking import mean_average_precision
-from util.config import count
 from util.data import Files, Folder
 from util.distributed import rank0_first
 from util.misc import say
@@ -98,11 +97,10 @@ def detect_copies(backbone, originals, blocks, distractors, learned_from, how):
 
 
 def add_flags(parser, command):
-    add_extraction_flags(parser)
+    add_extraction_flags(parser, "side in pixels (default: the training size; the paper's: 224, or "
+                         "320 for ViT-B/8)")  # fmt: skip
     add_untrained_flag(parser, "no")
     add = parser.add_argument
-    add("--size", type=count, help="side in pixels (default: the training size; the paper's: 224, "
-        "or 320 for ViT-B/8)")  # fmt: skip
     add("--distractors", type=Path, help="a folder of images that are no originals")
     add("--whitening", type=Path, help="a folder of other images to learn a whitening from")
 
@@ -110,10 +108,8 @@ def add_flags(parser, command):
 def evaluate(args, subject):
     """Print each block's mean average precision, and return them."""
     backbone, is_vit = subject.backbone, isinstance(subject.backbone, ViT)
-    how = extraction(args, subject, fit=square, size=args.size, gem=is_vit)
+    how = extraction(args, subject, fit=square, gem=is_vit)
     size, width = how.size_for(backbone), how.width(backbone)
-    if is_vit and size % backbone.patch_size:
-        raise ValueError(f"--size {size} must be divisible by the patch, {backbone.patch_size}")
     distractors = rank0_first(lambda: Folder(args.distractors)) if args.distractors else None
     learned_from = rank0_first(lambda: Folder(args.whitening)) if args.whitening else None
     originals, blocks = rank0_first(lambda: open_copydays(subject.data))

@@ -400,18 +400,26 @@ def open_subject(args, device, rank, world):
 
 
 def extraction(args, subject, **changes):
-    """Return the Extraction that the flags of add_extraction_flags() ask for."""
+    """Return the Extraction that the flags of add_extraction_flags() ask for.
+
+    ValueError: --size, where it is the side of a square, is not in whole patches.
+    """
     cache = subject.folder if args.cache else None
-    return Extraction(
+    how = Extraction(
         subject.device, args.batch_size_per_gpu, args.num_workers,
-        amp_dtype(args.amp, subject.device), rank=subject.rank, world=subject.world, cache=cache,
-        **changes,
+        amp_dtype(args.amp, subject.device), size=args.size, rank=subject.rank,
+        world=subject.world, cache=cache, **changes,
     )  # fmt: skip
+    size, patch_size = how.size_for(subject.backbone), getattr(subject.backbone, "patch_size", 1)
+    if how.fit is not shrink and size % patch_size:
+        raise ValueError(f"--size {size} must be divisible by the patch, {patch_size}")
+    return how
 
 
-def add_extraction_flags(parser):
-    """Add the flags of a command that extracts features."""
+def add_extraction_flags(parser, text="side in pixels (default: the training size)", size=None):
+    """Add the flags of a command that extracts features. text and size: of --size."""
     add = parser.add_argument
+    add("--size", type=count, default=size, help=text)
     add("--cache", action="store_true", help="keep the features of image files in the output "
         "folder, and read those that are there")  # fmt: skip
     add_amp_flag(parser)

@@ -43,7 +43,7 @@ def predict(args, subject):
     ValueError: it is another network's, or none of the images can be read.
     """
     saved, backbone = load_checkpoint(args.head), subject.backbone
-    kind = {name: saved.get(name) for name in ("n_last_blocks", "avgpool_patchtokens")}
+    kind = {name: saved.get(name) for name in ("n_last_blocks", "avgpool_patchtokens", "size")}
     if "made_by" not in saved:
         raise ValueError(f"{str(args.head)!r} is no linear.pth: evaluate.py linear writes one")
     how = Extraction(subject.device, **kind)

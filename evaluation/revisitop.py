@@ -14,7 +14,6 @@ from pathlib import Path
 
 from evaluation.features import add_extraction_flags, extract_features, extraction, shrink
 from evaluation.ranking import average_precision, precision_at, rankings, ranks_of
-from util.config import count
 from util.data import Files
 from util.distributed import rank0_first
 from util.misc import say
@@ -103,9 +102,7 @@ def measure(orders, truth):
 
 
 def add_flags(parser, command):
-    add_extraction_flags(parser)
-    parser.add_argument("--size", type=count, default=224,
-                        help="long side in pixels, at most (the paper's: 224)")  # fmt: skip
+    add_extraction_flags(parser, "long side in pixels, at most (the paper's: 224)", 224)
     parser.add_argument("--multiscale", action="store_true",
                         help="mean over three sizes: 1, 1/sqrt 2, 1/2")  # fmt: skip
 
@@ -115,7 +112,7 @@ def evaluate(args, subject):
     name = BENCHMARKS[args.command]
     truth, database, queries = rank0_first(lambda: open_benchmark(subject.data, name))
     scales = SCALES if args.multiscale else (1.0,)
-    how = extraction(args, subject, fit=shrink, size=args.size, scales=scales)
+    how = extraction(args, subject, fit=shrink, scales=scales)
     how = replace(how, batch_size=1)  # images of many shapes: one at a time
     features = []
     for images in (database, queries):

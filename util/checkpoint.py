@@ -1,25 +1,28 @@
 """Backbones by name, and weights in and out: any DINO checkpoint is read, none in part.
 
-Wherever a checkpoint is asked for, these work: ours, the authors' full checkpoints, a bare backbone
-of ours, theirs or timm's, and the names in RELEASED. A file that does not fit as a whole is an
-error that says which keys, and no file can run code.
+Wherever a checkpoint is asked for, these work: ours, the authors', the names in RELEASED, and files
+of the same network by other names (NAMES), with more on top (LEFT_OUT). A file that does not fit as
+a whole is an error that says which keys, and no file can run code.
 """
 
 import argparse
 import math
+import re
+import warnings
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torchvision
-from einops import rearrange
+from einops import einsum, rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from util.config import starts_anew
 from util.misc import first_line
+from util.safetensors import DTYPES, read_safetensors
 from vit import ARCHITECTURES, ViT
 
 RELEASED_AT = "https://dl.fbaipublicfiles.com/dino/"
@@ -29,19 +32,62 @@ RELEASED = {
     "dino_vitb16": "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
     "dino_vitb8": "dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
     "dino_resnet50": "dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
-    # trained on Google Landmarks, for retrieval (Table 3)
-    "dino_vits16_landmarks": "dino_vitsmall16_googlelandmark_pretrain/"
+    "dino_vits16_landmarks": "dino_vitsmall16_googlelandmark_pretrain/"  # for retrieval (Table 3)
     "dino_vitsmall16_googlelandmark_pretrain.pth",
 }
-# What a file may hold besides tensors and plain values: the authors' full checkpoints keep their
-# arguments in a Namespace with numpy's numbers. Numpy 2 renamed the module that rebuilds these.
-SCALAR = np.float64(0).__reduce__()[0]
-SAFE = [
-    argparse.Namespace,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8")),
-    *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-]
+WRAPPER = re.compile(r"\b(teacher|student|state_dict|model)$")  # of weights in a file
+# How others call the parts of the same network, and what we call them, replaced in this order:
+# Hugging Face's ViT and DINOv2, torchvision's ViT, MMSelfSup's ViT, DINOv2 in chunks of blocks.
+NAMES = {
+    r"_orig_mod\.": "",  # torch.compile's
+    r"^((module|state_dict|model|backbone|vit|dinov2|encoder|embeddings|"
+    r"teacher|student|momentum|base)[._])*": "",
+    r"^class_token$": "cls_token",
+    r"^(position_embeddings|pos_embedding)$": "pos_embed",
+    r"^(patch_embeddings\.projection|patch_embed\.projection|conv_proj)\.": "patch_embed.proj.",
+    r"^(layers?\.(encoder_layer_)?|blocks\.\d+\.(?=\d))": "blocks.",
+    r"\.(layernorm_before|ln_?1)\.": ".norm1.",
+    r"\.(layernorm_after|ln_?2)\.": ".norm2.",
+    r"^(layernorm|ln1?)\.": "norm.",
+    r"\.(self_attention|attention(\.attention)?)\.": ".attn.",
+    r"\.(q|k|v)(uery|ey|alue|_proj)\.": r".\1.",
+    r"\.in_proj_": ".qkv.",
+    r"\.attn\.(output\.dense|out_proj|o_proj)\.": ".attn.proj.",
+    r"\.(intermediate\.dense|mlp\.(0|linear_1)|ffn\.layers\.0\.0)\.": ".mlp.fc1.",
+    r"\.(output\.dense|mlp\.(3|linear_2)|ffn\.layers\.1)\.": ".mlp.fc2.",
+    r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma",
+}
+LEFT_OUT = re.compile(  # what in a file is no part of the backbone
+    r"(\w+_)?(heads?|classifier|projector|predictor|loss\w*|criterion|fc|pooler|neck)\.|mask_token$"
+)
+OTHERS = {  # what among the names in a file tells that it is something else
+    r"\brope_|storage_token|^(?!.*pos\w*_embed).*\breg(ister)?_token": "DINOv3",
+    r"\breg(ister)?_token": "a ViT with registers",
+    r"\.w12\.|weights_in": "a ViT with SwiGLU",
+    r"\bdist_token|distillation_token": "a distilled DeiT, with a second token",
+    r"\bdecoder": "an MAE with its decoder",
+    r"\bvisual\.|class_embedding|\bln_pre|\bnorm_pre|pre_layrnorm": "a CLIP",
+    r"\bfc_norm\.": "a ViT that pools patch tokens, with fc_norm in place of norm",
+    r"target_encoder|^(?!.*cl\w*s_token).*pos\w*_embed": "a ViT without a class token (I-JEPA)",
+}
+
+
+class PassedOver:
+    """Stands for an object in a file that is no tensor and no plain value."""
+
+    def __init__(self, *parts):
+        """Keep nothing of it."""
+
+    __setstate__ = __init__
+
+
+OBJECTS = (
+    "datetime.datetime datetime.date datetime.timedelta datetime.timezone pathlib.PosixPath "
+    "pathlib.WindowsPath pathlib._local.PosixPath pathlib._local.WindowsPath numpy.ndarray "
+    "numpy.dtype numpy.core.multiarray.scalar numpy.core.multiarray._reconstruct "
+    "numpy._core.multiarray.scalar numpy._core.multiarray._reconstruct"
+)
+SAFE = [argparse.Namespace, *((PassedOver, name) for name in OBJECTS.split())]
 
 
 class Loaded(NamedTuple):
@@ -80,16 +126,14 @@ def recompute_activations(backbone):
 
 def untrained(backbone, seed=0):
     """Return the same architecture with fresh weights, for evaluation, on the same device."""
-    device = next(backbone.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(backbone, ViT):
-            depth, heads = len(backbone.blocks), backbone.num_heads
-            sizes = backbone.patch_size, backbone.embed_dim, depth, heads, backbone.img_size
-            fresh = ViT(*sizes)
+            sizes = backbone.patch_size, backbone.embed_dim, len(backbone.blocks)
+            fresh = ViT(*sizes, backbone.num_heads, backbone.img_size)
         else:
             fresh = resnet50(backbone.img_size)
-    return fresh.to(device).eval()
+    return fresh.to(next(backbone.parameters()).device).eval()
 
 
 def describe(backbone):
@@ -98,10 +142,8 @@ def describe(backbone):
         return "ResNet-50"
     depth = len(backbone.blocks)
     blocks = "1 block" if depth == 1 else f"{depth} blocks"
-    return (
-        f"ViT of width {backbone.embed_dim}, {blocks}, {backbone.num_heads} heads, "
-        f"patch {backbone.patch_size}"
-    )
+    size = f"width {backbone.embed_dim}, {blocks}, {backbone.num_heads} heads"
+    return f"ViT of {size}, patch {backbone.patch_size}"
 
 
 def require_vit(backbone):
@@ -122,32 +164,37 @@ def load_checkpoint(path):
     if not Path(path).is_file():
         names = ", ".join(RELEASED)
         raise ValueError(f"no checkpoint at {str(path)!r}, and the released names are {names}")
+    with open(path, "rb") as file:
+        start = file.read(64)
     try:
-        with torch.serialization.safe_globals(SAFE):
+        if start[8:9] == b"{":
+            return read_safetensors(path)
+        with torch.serialization.safe_globals(SAFE), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript's: an error follows
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file may be wrong in any way
-        reason = f"cut short or of another kind ({first_line(error)})"
-        if "Weights only" in str(error):
+        kind = "no zip of torch's" if zipfile.is_zipfile(path) else "cut short or of another kind"
+        reason = f"{kind} ({first_line(error)})"
+        if start.startswith(b"version https://git-lfs"):
+            reason = "a pointer in the place of the file, which git lfs pull fetches"
+        elif start.lstrip().startswith(b"<"):
+            reason = "a web page"
+        elif re.search("weights.only", str(error), re.I):
             reason = "it holds code or objects, which are never loaded"
         raise ValueError(f"{str(path)!r} is not a readable checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict):
-        kind = type(checkpoint).__name__
-        raise ValueError(f"{str(path)!r} holds a {kind}, not a dictionary of weights")
+        raise ValueError(f"{str(path)!r} holds a {type(checkpoint).__name__}, not weights by name")
     return checkpoint
 
 
 def download(name):
-    """Return released weights, from torch.hub's cache or the authors' server.
-
-    ValueError: neither, with the URL and the cache's folder.
-    """
+    """Return released weights, from torch.hub's cache or the authors' server. ValueError: none."""
     url = RELEASED_AT + RELEASED[name]
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except Exception as error:  # of the network, or of a file that was put there
         place = Path(torch.hub.get_dir(), "checkpoints")
-        reason = first_line(error)
-        raise ValueError(f"cannot load {url} ({reason}): put the file into {place}") from None
+        raise ValueError(f"cannot load {url} ({first_line(error)}): put it into {place}") from None
 
 
 def load_backbone(source, network="teacher", num_heads=None):
@@ -157,73 +204,105 @@ def load_backbone(source, network="teacher", num_heads=None):
     say. ValueError: what does not fit as a whole or is not finite, with the keys.
     """
     checkpoint = download(source) if source in RELEASED else load_checkpoint(source)
-    trained_with = checkpoint.get("args", {})
-    if isinstance(trained_with, argparse.Namespace):
-        trained_with = vars(trained_with)
-    if not isinstance(trained_with, dict):
-        trained_with = {}
-    state = backbone_state(checkpoint, network, source)
-    assumed = ""
+    args = checkpoint.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    args = args.items() if isinstance(args, dict) else ()
+    trained_with = {k: v for k, v in args if isinstance(v, (bool, int, float, str, list))}
+    state, which, note = backbone_state(checkpoint, network, source)
     try:
-        if "layer4.0.conv1.weight" in state:
-            backbone = resnet50(trained_with.get("global_crops_size", 224))
-        else:
-            dim = len(state["patch_embed.proj.weight"])
-            saved = checkpoint.get("num_heads")
-            if num_heads and saved and num_heads != saved:
-                raise ValueError(f"it says {saved} heads: leave --num_heads {num_heads} out")
-            if not (num_heads or saved):
-                by_width = {a["embed_dim"]: a["num_heads"] for a in ARCHITECTURES.values()}
-                saved = by_width.get(dim, max(1, dim // 64))  # 64 channels a head, as in the paper
-                assumed = " (the number of heads is an assumption: --num_heads sets it)"
-            backbone = vit_from_shapes(state, num_heads or saved)
-    except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
-        keys = ", ".join(list(state)[:4])
-        raise ValueError(
-            f"{str(source)!r} is not a DINO backbone, its keys begin with {keys} ({error})"
-        ) from None
+        with torch.device("meta"):  # the file's tensors take the place of the parameters
+            if "layer4.0.conv1.weight" in state:
+                backbone = resnet50(int(trained_with.get("global_crops_size", 224)))
+            else:
+                saved = checkpoint.get("num_heads")
+                if num_heads and saved and num_heads != saved:
+                    raise ValueError(f"it says {saved} heads: leave --num_heads {num_heads} out")
+                if not (num_heads or saved):
+                    note += " (the number of heads is an assumption: --num_heads sets it)"
+                backbone = vit_from_shapes(state, num_heads or saved)
+                state = fold(state, len(backbone.blocks))
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        keys = f"its keys begin with {', '.join(list(state)[:4])} ({first_line(error)})"
+        raise ValueError(f"{str(source)!r} is not a DINO backbone, {keys}") from None
     load_strictly(backbone, state, source)
-    what = f"{describe(backbone)}, for {backbone.img_size} pixels{assumed}"
-    return Loaded(backbone.eval(), trained_with, f"{source}: {network}, {what}")
+    what = f"{describe(backbone)}, for {backbone.img_size} pixels{note}"
+    return Loaded(backbone.eval(), trained_with, f"{source}: {which}, {what}")
 
 
 def backbone_state(checkpoint, network, source):
-    """Find a backbone's weights in a checkpoint, and give them our names and shapes."""
-    state = checkpoint
-    if "teacher" in checkpoint or "student" in checkpoint:
-        if network not in checkpoint:
-            names = ", ".join(map(str, checkpoint))
-            raise ValueError(f"{str(source)!r} has no {network}, only {names}")
-        state = checkpoint[network]
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
-    ):
-        raise ValueError(f"{str(source)!r} has no weights where a backbone should be")
+    """Find a backbone's weights in a checkpoint: (state dict by our names, which, a note).
 
-    # DDP puts module. before the names, torch.compile _orig_mod.
-    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    if any(key.startswith("backbone.") for key in state):
-        without_head = {k: v for k, v in state.items() if not k.startswith("head.")}
-        state = {key.removeprefix("backbone."): value for key, value in without_head.items()}
-    kernel = state.get("patch_embed.proj.weight")
-    if kernel is not None and kernel.ndim == 4:  # a convolution's
-        state["patch_embed.proj.weight"] = rearrange(kernel, "d c p q -> d (c p q)")
-    return state
+    which: a network's name, if the file has one. ValueError: another architecture, or no weights.
+    """
+    weights = checkpoint
+    for _ in range(3):  # one may be in another
+        parts = [k for k in weights if isinstance(weights[k], dict) and WRAPPER.search(str(k))]
+        if parts:
+            weights = {f"{k}.{name}": x for k in parts for name, x in weights[k].items()}
+    names = " ".join(map(str, weights))
+    for pattern, kind in OTHERS.items():
+        if re.search(pattern, names):
+            raise ValueError(f"{str(source)!r} is {kind}: another architecture")
+
+    named = re.search("teacher|momentum|student", names)
+    which, usual = (network, "student") if named else ("backbone", "backbone")
+    state, left_out = {}, set()
+    for key, value in weights.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise ValueError(f"{str(source)!r} has no weights where a backbone should be")
+        name = key
+        for pattern, ours in NAMES.items():
+            name = re.sub(pattern, ours, name)
+        owner = "teacher" if re.search("teacher|momentum", key) else usual
+        if owner != which or LEFT_OUT.match(name):
+            left_out.add(name.split(".")[0] if owner == which else owner)
+        elif value.is_meta or value.layout != torch.strided or value.dtype not in DTYPES.values():
+            kind = f"{value.dtype}, {value.layout}, {value.device}"
+            raise ValueError(f"{str(source)!r}: {key} is of a kind that is not read, {kind}")
+        elif name in state:
+            raise ValueError(f"{str(source)!r} has {name} twice")
+        else:
+            state[name] = value.float() if value.is_floating_point() else value
+    rest = ", ".join(sorted(left_out))
+    if not state:
+        raise ValueError(f"{str(source)!r} has no {which}, only {rest}")
+    return state, which, f" (left out: {rest})" if rest else ""
 
 
-def vit_from_shapes(state, num_heads):
+def vit_from_shapes(state, num_heads=None):
     """Build a ViT from the shapes in a state dict. KeyError or the like: it is not a ViT's."""
-    dim, pixels = state["patch_embed.proj.weight"].shape
+    kernel = state["patch_embed.proj.weight"]
+    dim, p = len(kernel), math.isqrt(kernel[0].numel() // 3)
+    by_width = {a["embed_dim"]: a["num_heads"] for a in ARCHITECTURES.values()}
+    num_heads = num_heads or by_width.get(dim, max(1, dim // 64))  # as in the paper
     if dim % num_heads:
         raise ValueError(f"--num_heads {num_heads} must divide the width, {dim}")
-    patch_size = math.isqrt(pixels // 3)
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-    return ViT(patch_size, dim, depth, num_heads, side * patch_size)
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    if not p * side * depth or kernel.shape[1:] not in ((3, p, p), (3 * p * p,)):
+        raise ValueError(f"no block, no position or a kernel {[*kernel.shape]}, not [d, 3, p, p]")
+    return ViT(p, dim, depth, num_heads, side * p)
+
+
+def fold(state, depth):
+    """Return a ViT's weights with q, k and v in one layer, and LayerScale in the layer before it.
+
+    KeyError or the like: one of them is missing, or does not fit.
+    """
+    state = state | {"patch_embed.proj.weight": state["patch_embed.proj.weight"].flatten(1)}
+    separate, scaled = ".attn.q." in " ".join(state), ".ls1." in " ".join(state)
+    for i in range(depth):
+        if separate:
+            for kind in ("weight", "bias"):
+                parts = [state.pop(f"blocks.{i}.attn.{part}.{kind}") for part in "qkv"]
+                state[f"blocks.{i}.attn.qkv.{kind}"] = rearrange(parts, "qkv d ... -> (qkv d) ...")
+        if scaled:
+            for scale, layer in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
+                gamma = state.pop(f"blocks.{i}.{scale}.gamma")
+                for key in (f"blocks.{i}.{layer}.weight", f"blocks.{i}.{layer}.bias"):
+                    weight = state[key]
+                    state[key] = einsum(gamma.expand(len(weight)), weight, "d, d ... -> d ...")
+    return state
 
 
 def load_strictly(module, state, source):
@@ -232,10 +311,10 @@ def load_strictly(module, state, source):
         if not value.isfinite().all():
             raise ValueError(f"{str(source)!r}: {key} holds values that are not finite")
     try:
-        module.load_state_dict(state)
+        module.load_state_dict(state, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{str(source)!r} does not fit the network: {reason[:400]}") from None
+        raise ValueError(f"{str(source)!r} does not fit the network: {reason[:1000]}") from None
 
 
 def start_from(args):
@@ -256,10 +335,8 @@ def start_from(args):
         side = args.global_crops_size // loaded.patch_size
         state["pos_embed"] = loaded.interpolate_pos_encoding(side, side).detach()
     if describe(loaded) != describe(backbone):
-        raise ValueError(
-            f"--init {args.init} is a {describe(loaded)}, "
-            f"--arch and --patch say {describe(backbone)}"
-        )
+        said = f"--arch and --patch say {describe(backbone)}"
+        raise ValueError(f"--init {args.init} is a {describe(loaded)}, {said}")
     backbone.load_state_dict(state)
     return backbone
 
@@ -268,8 +345,7 @@ def export(backbone):
     """Return a state dict as timm and the authors have it: a convolution embeds the patches."""
     state = backbone.state_dict()
     if isinstance(backbone, ViT):
-        kernel = state["patch_embed.proj.weight"]
-        p = backbone.patch_size
+        kernel, p = state["patch_embed.proj.weight"], backbone.patch_size
         kernel = rearrange(kernel, "d (c p q) -> d c p q", c=3, p=p, q=p)
         state["patch_embed.proj.weight"] = kernel
     return state
