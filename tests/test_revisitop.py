@@ -135,7 +135,7 @@ def run(tmp_path, capsys, *flags):
 
 
 def test_a_query_that_is_in_the_data_is_found_first(oxford, capsys):
-    for flags in ((), ("--multiscale",), ("--size", 24, "--amp", "off")):
+    for flags in ((), ("--multiscale",), ("--size", 26, "--amp", "off")):
         table = run(oxford, capsys, "--data", oxford / "data", *flags)
         assert "2 queries, 6 images" in table[1]
         assert table[-2].split()[0] == "medium" and table[-2].split()[2] == "100.0"

@@ -66,7 +66,7 @@ OTHERS = {  # what among the names in a file tells that it is something else
     r"\.w12\.|weights_in": "a ViT with SwiGLU",
     r"\bdist_token|distillation_token": "a distilled DeiT, with a second token",
     r"\bdecoder": "an MAE with its decoder",
-    r"\bvisual\.|class_embedding|\bln_pre|\bnorm_pre|pre_layrnorm": "a CLIP",
+    r"\bvisual\.|class_embedding|\bln_pre|\bnorm_pre": "a CLIP",
     r"\bfc_norm\.": "a ViT that pools patch tokens, with fc_norm in place of norm",
     r"target_encoder|^(?!.*cl\w*s_token).*pos\w*_embed": "a ViT without a class token (I-JEPA)",
 }
@@ -179,7 +179,7 @@ def load_checkpoint(path):
             reason = "a pointer in the place of the file, which git lfs pull fetches"
         elif start.lstrip().startswith(b"<"):
             reason = "a web page"
-        elif re.search("weights.only", str(error), re.I):
+        elif "weights_only" in str(error):
             reason = "it holds code or objects, which are never loaded"
         raise ValueError(f"{str(path)!r} is not a readable checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict):

@@ -12,17 +12,10 @@ import os
 import torch
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 def read_safetensors(path):
@@ -42,9 +35,8 @@ def read_safetensors(path):
             kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             if kind not in DTYPES:
                 raise ValueError(f"{name} is of type {kind}, which is not read")
-            count = math.prod(shape)
-            fits = end - begin == count * DTYPES[kind].itemsize and place == begin < end
-            if not fits or end > size - length:
+            fits = end - begin == math.prod(shape) * DTYPES[kind].itemsize
+            if not fits or begin != place or end > size - length:
                 raise ValueError(f"{name} of type {kind} and shape {shape} at {begin} to {end}")
             numbers = torch.frombuffer(bytearray(file.read(end - begin)), dtype=DTYPES[kind])
             tensors[name], place = numbers.reshape(shape), end
