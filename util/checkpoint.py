@@ -35,13 +35,13 @@ RELEASED = {
     "dino_vits16_landmarks": "dino_vitsmall16_googlelandmark_pretrain/"  # for retrieval (Table 3)
     "dino_vitsmall16_googlelandmark_pretrain.pth",
 }
-WRAPPER = re.compile(r"\b(teacher|student|state_dict|model)$")  # of weights in a file
+WRAPPER = re.compile(r"\b(teacher|student|state_dict|model)$")  # dictionaries of weights in a file
 # How others call the parts of the same network, and what we call them, replaced in this order:
 # Hugging Face's ViT and DINOv2, torchvision's ViT, MMSelfSup's ViT, DINOv2 in chunks of blocks.
 NAMES = {
     r"_orig_mod\.": "",  # torch.compile's
     r"^((module|state_dict|model|backbone|vit|dinov2|encoder|embeddings|"
-    r"teacher|student|momentum|base)[._])*": "",
+    r"teacher|student|momentum|base)[._])*": "",  # what may stand before
     r"^class_token$": "cls_token",
     r"^(position_embeddings|pos_embedding)$": "pos_embed",
     r"^(patch_embeddings\.projection|patch_embed\.projection|conv_proj)\.": "patch_embed.proj.",
@@ -173,7 +173,7 @@ def load_checkpoint(path):
             warnings.simplefilter("ignore")  # of TorchScript's: an error follows
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file may be wrong in any way
-        kind = "no zip of torch's" if zipfile.is_zipfile(path) else "cut short or of another kind"
+        kind = "another tool's zip" if zipfile.is_zipfile(path) else "cut short or of another kind"
         reason = f"{kind} ({first_line(error)})"
         if start.startswith(b"version https://git-lfs"):
             reason = "a pointer in the place of the file, which git lfs pull fetches"
@@ -206,8 +206,8 @@ def load_backbone(source, network="teacher", num_heads=None):
     checkpoint = download(source) if source in RELEASED else load_checkpoint(source)
     args = checkpoint.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    args = args.items() if isinstance(args, dict) else ()
-    trained_with = {k: v for k, v in args if isinstance(v, (bool, int, float, str, list))}
+    items = args.items() if isinstance(args, dict) else ()
+    trained_with = {k: v for k, v in items if isinstance(v, (bool, int, float, str, list))}
     state, which, note = backbone_state(checkpoint, network, source)
     try:
         with torch.device("meta"):  # the file's tensors take the place of the parameters
@@ -232,10 +232,10 @@ def load_backbone(source, network="teacher", num_heads=None):
 def backbone_state(checkpoint, network, source):
     """Find a backbone's weights in a checkpoint: (state dict by our names, which, a note).
 
-    which: a network's name, if the file has one. ValueError: another architecture, or no weights.
+    which: "teacher", "student" or "backbone". ValueError: another architecture, or no weights.
     """
     weights = checkpoint
-    for _ in range(3):  # one may be in another
+    for _ in range(3):  # one dictionary may be in another
         parts = [k for k in weights if isinstance(weights[k], dict) and WRAPPER.search(str(k))]
         if parts:
             weights = {f"{k}.{name}": x for k in parts for name, x in weights[k].items()}
@@ -248,7 +248,7 @@ def backbone_state(checkpoint, network, source):
     which, usual = (network, "student") if named else ("backbone", "backbone")
     state, left_out = {}, set()
     for key, value in weights.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+        if not (isinstance(key, str) and key.isprintable() and isinstance(value, torch.Tensor)):
             raise ValueError(f"{str(source)!r} has no weights where a backbone should be")
         name = key
         for pattern, ours in NAMES.items():
@@ -280,7 +280,7 @@ def vit_from_shapes(state, num_heads=None):
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     if not p * side * depth or kernel.shape[1:] not in ((3, p, p), (3 * p * p,)):
-        raise ValueError(f"no block, no position or a kernel {[*kernel.shape]}, not [d, 3, p, p]")
+        raise ValueError(f"no blocks, no positions, or {[*kernel.shape]} in place of [d, 3, p, p]")
     return ViT(p, dim, depth, num_heads, side * p)
 
 
