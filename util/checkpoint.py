@@ -162,8 +162,7 @@ def load_checkpoint(path):
     ValueError: a missing, truncated or foreign file, with the reason.
     """
     if not Path(path).is_file():
-        names = ", ".join(RELEASED)
-        raise ValueError(f"no checkpoint at {str(path)!r}, and the released names are {names}")
+        raise ValueError(f"no checkpoint at {str(path)!r}; released are {', '.join(RELEASED)}")
     with open(path, "rb") as file:
         start = file.read(64)
     try:
