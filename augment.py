@@ -212,4 +212,4 @@ def solarize(x):
 
 def normalize(x):
     """(x - mean) / std of ImageNet, channel by channel: [b, 3, h, w] in [0, 1] -> about [-2, 3]."""
-    return (x - MEAN.to(x.device)) / STD.to(x.device)
+    return (x - MEAN.to(x.device, non_blocking=True)) / STD.to(x.device, non_blocking=True)

@@ -10,7 +10,9 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 from torchvision.transforms.functional import to_pil_image
 
@@ -18,6 +20,8 @@ import train
 from augment import MultiCrop, photometry
 from conftest import ROOT, TINY, backbone_of, without_keys
 from head import DINOHead
+from evaluation.features import Extraction, attention_maps, features_of, keep_mass
+from evaluation.video import Propagation, mix_labels
 from util import config
 from util.data import BatchSampler, MultiCropDataset
 from util.run import Run, what_views_tell
@@ -354,3 +358,66 @@ def test_a_step_reads_nothing_back_from_the_device(amp, flags, tmp_path, monkeyp
     first, *others = before[:: len(before) // 5]  # at the start of each of five steps
     assert len(others) == 4 and first < others[0]  # step 1 ends with a line of the log
     assert others[0] == before[-1] < len(reads.found), reads.found
+
+
+class Waits(Calls):
+    """Of these, what takes tensors of two devices, or copies one to the other, without non_blocking.
+
+    There the host waits, or a GPU fails.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        devices = {x.device for x in tensors if x.ndim}  # a number may lie on the host
+        if len(devices) > 1 and not kwargs.get("non_blocking"):
+            self.names.append(str(function))
+        return out
+
+
+@pytest.mark.parametrize("flags", ["--amp bf16", "--amp off --accumulate 2 --centering sinkhorn"])
+def test_a_step_stays_on_a_gpu_that_is_not_waited_for(flags, tmp_path, monkeypatch, several_blocks):
+    """The GPU is torch's imitation, which knows shapes and devices, no values and no backward."""
+    gpu, waits, images = torch.device("cuda:0"), Waits(), Shapes(length=36)
+    args = arguments(f"{flags} --steps 3 --drop_path_rate 0.3 --recompute", tmp_path)
+    dataset = MultiCropDataset(images, MultiCrop(*config.crop_settings(args)))
+    views, _ = default_collate([dataset[0, i] for i in range(args.batch_size_per_gpu)])
+    views = [(crops, mock.Mock(**{"numpy.return_value": d.numpy()})) for crops, d in views]
+    networks = train.build_networks(args, torch.device("cpu"), world=1)
+
+    def same_batch(*args):
+        waits.names.clear()  # what comes before the first step may wait
+        while True:
+            yield views
+
+    def backward(loss):
+        assert loss.device == gpu
+        for p in networks[0].parameters():
+            p.grad = torch.empty_like(p)
+
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(train, "load_splits", lambda path: (images, None))
+    monkeypatch.setattr(train, "build_networks", lambda *args: [n.to(gpu) for n in networks])
+    monkeypatch.setattr(train, "view_loader", same_batch)
+    for place, name in (Run, "log_step"), (Run, "save"), (train, "log_knn"), (train, "draw_run"):
+        monkeypatch.setattr(place, name, mock.Mock())
+    monkeypatch.setattr(train, "watch_attention", mock.Mock())
+    with FakeTensorMode(allow_non_fake_inputs=True), waits:
+        train.train(args, gpu, rank=0, world=1)
+    assert not waits.names
+
+
+def test_features_are_made_on_the_gpu_that_has_the_network():
+    """As above."""
+    gpu, backbone = torch.device("cuda:0"), backbone_of("vit_mini", 8, 32).eval()
+    crops = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        backbone.to(gpu)
+        for kind in {}, dict(n_last_blocks=4, avgpool_patchtokens=True, gem=True, scales=(1, 0.5)):
+            assert features_of(backbone, crops, Extraction(gpu, **kind)).device == gpu
+        images, query = (torch.empty(shape, device=gpu) for shape in ((2, 3, 32, 32), (4, 4, 8)))
+        assert keep_mass(attention_maps(backbone, images)).device == gpu
+        assert mix_labels(query, query[None], query[None], Propagation()).device == gpu
