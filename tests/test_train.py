@@ -39,15 +39,6 @@ def run(flags, output):
     return torch.load(output / "last.pth", weights_only=True)
 
 
-def torchrun(processes, flags, output):
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    command = [*launch, str(ROOT / "train.py"), *TINY, *flags.split(), "--output", str(output)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    return torch.load(output / "last.pth", weights_only=True)
-
-
 def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -136,19 +127,51 @@ def compare(one, two, tolerance):
     torch.testing.assert_close(one["center"], two["center"], rtol=0, atol=tolerance)
 
 
-def test_two_processes_and_accumulation_give_what_one_process_gives(tmp_path):
-    """The same global batch of 8: crops, losses, centre and parameters agree.
+STOPPED = """
+import os, signal, torch, train
+import torch.distributed as dist
+from util.config import run_command
+stop_signal, stopped, calls = train.Run.stop_signal, train.Run.stopped, []
+
+def signalled(self):
+    calls.append(self)
+    if len(calls) == 4 and self.rank == 5:
+        signal.raise_signal(signal.SIGTERM)
+    return stop_signal(self)
+
+def compared(self, step, number):
+    for network in self.state["student"], self.state["teacher"]:
+        for value in network.state_dict().values():
+            first = value.clone()
+            dist.broadcast(first, 0)
+            assert torch.equal(value, first), self.rank
+    return stopped(self, step, number)
+
+train.Run.stop_signal, train.Run.stopped = signalled, compared
+run_command(train.main, train.parse_args)
+"""
+
+
+def test_eight_processes_and_accumulation_give_what_one_process_gives(tmp_path):
+    """The same global batch of 8: crops, losses, centre and parameters agree, in all processes.
 
     Every draw follows from the sample. SGD, since Adam turns what rounding leaves of a gradient
-    near zero into a whole step.
+    near zero into a whole step. The eight end when one of them is told to, at its fourth step.
     """
-    flags = "--steps 4 --warmup_epochs 0 --knn_every 0 --freeze_last_layer 0 --optimizer sgd --lr 3"
-    one = run(f"{flags} --batch 8", tmp_path / "one")
-    two = torchrun(2, f"{flags} --batch 4", tmp_path / "two")
-    accumulated = run(f"{flags} --batch 4 --accumulate 2", tmp_path / "accumulated")
-    compare(one, two, 1e-5)
+    flags = "--warmup_epochs 0 --knn_every 0 --freeze_last_layer 0 --optimizer sgd --lr 3 --batch"
+    one = run(f"{flags} 8 --steps 4", tmp_path / "one")
+    accumulated = run(f"{flags} 4 --accumulate 2 --steps 4", tmp_path / "accumulated")
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=8", str(script)]
+    command = [*launch, *TINY, *flags.split(), "1", "--output", str(tmp_path / "eight")]
+    how = dict(env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    result = subprocess.run(command, **how, timeout=600)
+    assert result.stdout.count("stopped by SIGTERM after step 4: ") == 1, result.stderr
+    assert "AssertionError" not in result.stderr and result.returncode != 0
+    compare(one, torch.load(tmp_path / "eight" / "last.pth", weights_only=True), 1e-5)
     compare(one, accumulated, 1e-5)
-    logs = [log(tmp_path / name) for name in ("one", "two", "accumulated")]
+    logs = [log(tmp_path / name) for name in ("one", "eight", "accumulated")]
     for line, other, third in zip(*logs, strict=True):
         expected = other["loss"], other["grad_norm"]
         assert (line["loss"], line["grad_norm"]) == pytest.approx(expected, rel=1e-5)
