@@ -2,10 +2,12 @@
 
 import hashlib
 import io
+import os
 import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,3 +134,19 @@ def test_the_cifar10_recipe_on_a_stand_in(tmp_path, monkeypatch, capsys):
     assert out.startswith("50 images of 10 classes")
     assert "\n1 x 4 x 1 images a step, 12 steps in 1 epochs" in out
     assert (tmp_path / "runs" / "vit_tiny_4-cifar10" / "last.pth").exists()
+
+
+def test_a_part_that_fails_on_a_gpu_leaves_the_others(tmp_path):
+    """tests/gpu.sh, with a stand-in for Python that fails in the bench."""
+    stand_in = tmp_path / "python3"
+    stand_in.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *tests.bench*) exit 3; esac\n')
+    stand_in.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VOC": "VOC2007"}
+    environment |= {"OUT": str(tmp_path / "out"), "PHOTOS": str(tmp_path)}
+    result = subprocess.run([ROOT / "tests" / "gpu.sh"], env=environment, capture_output=True)
+    assert result.returncode == 1 and not result.stderr
+    written = (tmp_path / "out" / "summary.txt").read_text()
+    ends = re.findall(r"^(\w+): status (\d+) ", written, re.MULTILINE)
+    names = ["tests", "bench", "train", "knn", "masks", "pictures", "curves"]
+    assert ends == [(name, "3" if name == "bench" else "0") for name in names]
+    assert f"--data {Path.cwd() / 'VOC2007'} --device cuda" in written

@@ -384,9 +384,9 @@ def test_a_step_reads_nothing_back_from_the_device(amp, flags, tmp_path, monkeyp
 
 
 class Waits(Calls):
-    """Of these, what takes tensors of two devices, or copies one to the other, without non_blocking.
+    """Of these, what takes tensors of two devices or copies between them, and is not non_blocking.
 
-    There the host waits, or a GPU fails.
+    There the host waits.
     """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
