@@ -228,7 +228,7 @@ def main(args):
         say(f"{log} -> {args.output_dir / 'curves.png'}")
         return
     if not args.images:
-        raise ValueError("no images given: name some, or folders of them, after the checkpoint")
+        raise ValueError(f"{args.checkpoint!r} is no run's folder, and no image is named after it")
     loaded = load_backbone(args.checkpoint, args.network, args.num_heads)
     backbone = require_vit(loaded.backbone).to(usable_device(args.device))
     say(loaded.description)

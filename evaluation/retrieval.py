@@ -40,7 +40,7 @@ def index_folder(args, subject):
     What cannot be read is left out. ValueError: it is not a folder, or holds no image.
     """
     if not Path(subject.data).is_dir():
-        raise ValueError(f"--data {subject.data} is no folder of images")
+        raise ValueError(f"{subject.data!r} is no folder of images: name one with --data")
     images = rank0_first(lambda: Folder(subject.data))
     if images.note:
         say(f"note: {images.note}")
@@ -150,8 +150,8 @@ def usual_threshold(backbone, how, images, features):
     others = cosines[~torch.eye(len(read), dtype=torch.bool)]
     share = (others >= threshold).float().mean().item() if len(others) else 0
     say(
-        f"nine in ten copies by JPEG at quality 10 have a cosine of {threshold:.3f} or more; "
-        f"so have {100 * share:.3g} % of pairs of different images"
+        f"--threshold {threshold:.3f}: so near are nine in ten copies made here by JPEG at quality "
+        f"10, and {100 * share:.3g} % of pairs of different images"
     )
     if share > 0.01:
         say("note: this network does not tell copies of these images from others")

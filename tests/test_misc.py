@@ -125,9 +125,9 @@ def test_progress_is_a_line_now_and_then_or_in_place_on_a_terminal(monkeypatch, 
     misc.say("said")
     assert sys.stderr.getvalue() == "\r\033[Khalf, 0:01 left\r\033[K"
     assert capsys.readouterr().out == "said\n"
-    monkeypatch.setenv("COLUMNS", "12")
-    progress.show(1, "a long line")
-    assert sys.stderr.getvalue().endswith("\r\033[Ka long line")  # 11 of 12 columns
+    monkeypatch.setenv("COLUMNS", "14")
+    progress.show(1, "longer")
+    assert sys.stderr.getvalue().endswith("\r\033[Klo, 0:02 left")  # 13 of 14 columns
     monkeypatch.setenv("RANK", "1")
     progress.show(2, "whole")
     misc.say("twice")

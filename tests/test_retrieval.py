@@ -173,7 +173,7 @@ def test_without_a_threshold_copies_made_here_say_how_near_copies_are(album, cap
         views = torch.stack([center_crop(one, 32) for one in pair])
         cosines.append(F.cosine_similarity(*backbone(normalize(views / 255)), 0).item())
     assert line["threshold"] == pytest.approx(np.quantile(cosines, 0.1), abs=1e-5)
-    assert f"have a cosine of {line['threshold']:.3f} or more; so have" in lines[1]
+    assert f"--threshold {line['threshold']:.3f}: so near are nine in ten copies" in lines[1]
 
 
 def test_features_are_written_with_their_names(album, capsys):
@@ -360,7 +360,7 @@ def test_our_own_pictures_are_no_images_of_the_folder(album, capsys):
     ("copydays --data copies --whitening one", "needs images whose features differ"),
     ("search album/torn.png", "cannot read 'album/torn.png'"),
     ("search empty", "no image below 'empty' can be read"),
-    ("search album/0.png --data shapes", "--data shapes is no folder of images"),
+    ("search album/0.png --data shapes", "'shapes' is no folder of images"),
     ("copies --data empty", "no images below 'empty'"),
     ("copies --data torn", "1 of 1 images cannot be read, the first 'torn/a.png'"),
     ("copies --data ours --output ours", "passed over 1 pictures of ours"),

@@ -293,20 +293,22 @@ def test_without_labels_the_end_of_a_run_names_search_and_says_what_views_tell(t
     (tmp_path / "images").mkdir()
     for i in range(5):
         to_pil_image(Shapes()[i]).save(tmp_path / "images" / f"{i}.png")
-    train.main(arguments(f"--data {tmp_path / 'images'} --epochs 2", tmp_path / "run"))
+    train.main(arguments(f"--data {tmp_path / 'images'} --epochs 2", tmp_path / "my run"))
     *_, told, head, search, copies, look = capsys.readouterr().out.splitlines()
-    last = tmp_path / "run" / "last.pth"
+    last = f"'{tmp_path / 'my run' / 'last.pth'}'"
     assert head == "next:" and look == f"  python visualize.py {last} img.jpg"
     assert search == f"  python evaluate.py search {last} img.jpg"
     assert copies == f"  python evaluate.py copies {last}"
-    first, end = log(tmp_path / "run")
+    first, end = log(tmp_path / "my run")
     mean, each = ((first[name] + end[name]) / 2 for name in ("mean_entropy", "entropy"))
     known = mean - each - (first["kl"] + end["kl"]) / 2
-    assert f"entropy {each:.2f} nats each, {mean:.2f} of their mean" in told
-    assert f"{mean - each:.2f} tell images apart" in told
-    assert f"the student knows {max(0, known):.2f} from another view" in told
+    assert f"the student knows {max(0, known):.2f} nats from another view" in told
+    assert f"of the {mean - each:.2f} by which the teacher's answers tell images apart" in told
+    assert told.endswith(f"(entropy {each:.2f} each, {mean:.2f} of their mean)")
     lines = [dict(mean_entropy=5.0, entropy=2.0, kl=kl) for kl in (4.0, *[0.5] * 10)]
-    assert what_views_tell(lines).endswith("knows 2.50 from another view (at the start 0.00)")
+    well = "what was learned: the student knows 2.50 nats from another view (at the start 0.00)"
+    assert what_views_tell(lines).startswith(well)
+    assert "almost nothing" in what_views_tell(lines[:1])
 
 
 class Calls(TorchDispatchMode):

@@ -179,7 +179,7 @@ def load_checkpoint(path):
         elif start.lstrip().startswith(b"<"):
             reason = "a web page"
         elif "weights_only" in str(error):
-            reason = "it holds code or objects, which are never loaded"
+            reason = "it holds code, which is never loaded" if start[:1] in b"P\x80" else kind
         raise ValueError(f"{str(path)!r} is not a readable checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{str(path)!r} holds a {type(checkpoint).__name__}, not weights by name")

@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,11 @@ from einops import rearrange
 from PIL import Image, ImageOps, ImageSequence, PngImagePlugin
 
 from util.misc import atomic_write, first_line, say, track
+
+with suppress(ImportError):  # HEIC, after pip install pillow-heif
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # recognised by Pillow, but no more
 SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information",

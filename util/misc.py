@@ -56,13 +56,13 @@ class Progress:
         if not is_main_process():
             return
         now = time.monotonic()
-        line = f"{text}, {minutes((now - self.start) * (self.total / done - 1))} left"
+        left = f", {minutes((now - self.start) * (self.total / done - 1))} left"
         if sys.stderr.isatty():
-            line = line[: shutil.get_terminal_size().columns - 1]  # a broken line would stay
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+            text = text[: shutil.get_terminal_size().columns - 1 - len(left)]  # on a single line
+            print(f"\r\033[K{text}{left}", end="", file=sys.stderr, flush=True)
         elif now - self.shown > PROGRESS_EVERY:
             self.shown = now
-            print(line, file=sys.stderr, flush=True)
+            print(f"{text}{left}", file=sys.stderr, flush=True)
 
 
 def track(iterable, what, total):

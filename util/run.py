@@ -8,6 +8,7 @@ Its watch for collapse is stop 10 of docs/tour.md.
 import contextlib
 import json
 import math
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -315,6 +316,7 @@ class Run:
             )
         if self.bad:
             say(f"{len(self.bad)} images could not be read")
+        last = shlex.quote(str(last))
         say("next:")
         if self.images.labels:
             say(f"  python evaluate.py knn {last}")
@@ -337,10 +339,11 @@ def what_views_tell(lines):
     names = "mean_entropy", "entropy", "kl"
     mean, each, kl = (sum(line[name] for line in lines[-10:]) / len(lines[-10:]) for name in names)
     first = max(0, lines[0]["mean_entropy"] - lines[0]["entropy"] - lines[0]["kl"])
+    known = max(0, mean - each - kl)
     return (
-        f"the teacher's answers: entropy {each:.2f} nats each, {mean:.2f} of their mean, so that "
-        f"{mean - each:.2f} tell images apart; of these the student knows "
-        f"{max(0, mean - each - kl):.2f} from another view (at the start {first:.2f})"
+        f"what was learned: {'almost nothing: ' if known < 0.1 else ''}the student knows "
+        f"{known:.2f} nats from another view (at the start {first:.2f}) of the {mean - each:.2f} by "
+        f"which the teacher's answers tell images apart (entropy {each:.2f} each, {mean:.2f} of their mean)"
     )
 
 
