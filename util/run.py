@@ -340,10 +340,11 @@ def what_views_tell(lines):
     mean, each, kl = (sum(line[name] for line in lines[-10:]) / len(lines[-10:]) for name in names)
     first = max(0, lines[0]["mean_entropy"] - lines[0]["entropy"] - lines[0]["kl"])
     known = max(0, mean - each - kl)
+    almost_nothing = "almost nothing: " if known < 0.1 else ""
     return (
-        f"what was learned: {'almost nothing: ' if known < 0.1 else ''}the student knows "
-        f"{known:.2f} nats from another view (at the start {first:.2f}) of the {mean - each:.2f} by "
-        f"which the teacher's answers tell images apart (entropy {each:.2f} each, {mean:.2f} of their mean)"
+        f"what was learned: {almost_nothing}the student knows {known:.2f} nats from another view "
+        f"(at the start {first:.2f}) of the {mean - each:.2f} by which the teacher's answers tell "
+        f"images apart (entropy {each:.2f} each, {mean:.2f} of their mean)"
     )
 
 
