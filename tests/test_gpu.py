@@ -231,7 +231,7 @@ search {query}"""
 
 def test_evaluations_give_a_cpus_figures(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(davis, "SHAPES_FILMS", 2)
-    losses_of("--steps 20", tmp_path)
+    losses_of("--steps 20", tmp_path / "run")
     results = []
     for name, device in ("here", CPU), ("there", DEVICE):
         for command in EVALUATIONS.format(query=folder / "val" / "größe" / "0.png").splitlines():
@@ -239,7 +239,7 @@ def test_evaluations_give_a_cpus_figures(folder, tmp_path, monkeypatch, capsys):
             data = folder / "train" if command == "search" else "shapes"
             flags += ["--data", data, "--device", device, "--output", tmp_path / name]
             flags += ["--workers", 0, "--amp", "off"] if command not in ("masks", "davis") else []
-            flags = [command, tmp_path / "last.pth", *flags]
+            flags = [command, tmp_path / "run" / "last.pth", *flags]
             evaluate.main(evaluate.parse_args([str(flag) for flag in flags]))
         lines = (tmp_path / name / "evaluate.jsonl").read_text().splitlines()
         leaves = tree_leaves([json.loads(line) | {"seconds": 0} for line in lines])
