@@ -55,6 +55,9 @@ def index_folder(args, subject):
 
 def search(args, subject):
     """Print the images of the folder that are nearest to each query, and draw them."""
+    missing = [str(path) for path in args.query if not path.exists()]
+    if missing:  # said before the folder is read, which may take long
+        raise ValueError(f"there is no {missing[0]!r}")
     how, images, features = index_folder(args, subject)
     rows, queries, frames = [], 0, ""
     labels = {Path(path).parent.name for path in images.paths}  # the names of their folders

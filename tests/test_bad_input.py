@@ -275,7 +275,7 @@ OTHERS = [
     ("visualize.py schedules --arch vit_mini", "give --epochs"),
     ("visualize.py targets bare.pth", "'bare.pth' has no head and no centre: name a last.pth"),
     ("evaluate.py search bare.pth image.png --data shapes", "'shapes' is no folder of images"),
-    ("evaluate.py search bare.pth nowhere.png --data good", "cannot read 'nowhere.png'"),
+    ("evaluate.py search bare.pth nowhere.png --data good", "there is no 'nowhere.png'"),
     ("evaluate.py search bare.pth image.png --data bad", "22 of 22 images cannot be read"),
     ("evaluate.py search bare.pth image.png --data good --top 0", "--top: 0 must be above 0"),
     ("evaluate.py copies bare.pth --data good --threshold 2", "and at most 1 ("),

@@ -351,7 +351,7 @@ def test_our_own_pictures_are_no_images_of_the_folder(album, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("search nowhere.png", "cannot read 'nowhere.png'"),
+    ("search nowhere.png", "there is no 'nowhere.png'"),
     ("search torn", "no image below 'torn' can be read"),
     ("features --file nowhere/a.npz", "--file nowhere/a.npz is there already, or its folder is"),
     ("features --file album/0.png", "--file album/0.png is there already"),

@@ -540,3 +540,30 @@ def test_the_cache_keeps_each_size_apart(folder, tmp_path):
         got = torch.from_numpy(np.load(file)["features"])
         torch.testing.assert_close(got, torch.nn.functional.normalize(expected, dim=-1))
     assert len(list(tmp_path.glob("features-*.pth"))) == 2
+
+
+def test_no_weights_are_replaced_or_dropped_unsaid(tmp_path):
+    """Of another network's beside the right ones, which used to win."""
+    state, other = network().state_dict(), network().state_dict()
+    apart = {f"blocks.0.attn.{part}_proj.{kind}": torch.zeros(x.shape[0] // 3, *x.shape[1:])
+             for kind in ("weight", "bias") for part in "qkv"
+             for x in [state[f"blocks.0.attn.qkv.{kind}"]]}  # fmt: skip
+    apart |= {key.replace("blocks.0", "blocks.1"): x for key, x in apart.items()}
+    integer = {"blocks.0.attn.proj.bias": state["blocks.0.attn.proj.bias"].to(torch.int8)}
+    expanded = {"norm.bias": torch.zeros(1).expand(10**12)}
+    wrong = {
+        "twice, apart and together": state | apart,
+        "has .* twice": {**state, "model": other},
+        "junk": {"model": state, "junk.weight": torch.zeros(2)},
+        "of a kind that is not read, torch.int8": state | integer,
+        "of a kind that is not read, torch.float32": state | expanded,
+        "--num_heads -4 must divide": {"model": state, "num_heads": -4},
+        "--num_heads True must divide": {"model": state, "num_heads": True},
+    }
+    for message, content in wrong.items():
+        torch.save(content, tmp_path / "a.pth")
+        with pytest.raises(ValueError, match=message) as error:
+            load_backbone(tmp_path / "a.pth")
+        assert len(str(error.value).splitlines()) == 1
+    torch.save({"model": state, "model_ema": other}, tmp_path / "a.pth")
+    assert "(left out: model_ema)" in load_backbone(tmp_path / "a.pth").description

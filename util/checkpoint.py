@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from util.config import starts_anew
 from util.misc import first_line
-from util.safetensors import DTYPES, read_safetensors
+from util.safetensors import is_plain, read_safetensors
 from vit import ARCHITECTURES, ViT
 
 RELEASED_AT = "https://dl.fbaipublicfiles.com/dino/"
@@ -36,9 +36,7 @@ RELEASED = {
     "dino_vitsmall16_googlelandmark_pretrain.pth",
 }
 WRAPPER = re.compile(r"\b(teacher|student|state_dict|model)$")  # dictionaries of weights in a file
-# How others call the parts of the same network, and what we call them, replaced in this order:
-# Hugging Face's ViT and DINOv2, torchvision's ViT, MMSelfSup's ViT, DINOv2 in chunks of blocks.
-NAMES = {
+NAMES = {  # how others call the parts of the same network, and we, replaced in this order
     r"_orig_mod\.": "",  # torch.compile's
     r"^((module|state_dict|model|backbone|vit|dinov2|encoder|embeddings|"
     r"teacher|student|momentum|base)[._])*": "",  # what may stand before
@@ -58,7 +56,8 @@ NAMES = {
     r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma",
 }
 LEFT_OUT = re.compile(  # what in a file is no part of the backbone
-    r"(\w+_)?(heads?|classifier|projector|predictor|loss\w*|criterion|fc|pooler|neck)\.|mask_token$"
+    r"(\w+_)?(heads?|classifier|projector|predictor|loss\w*|criterion|fc|pooler|neck)\."
+    r"|mask_token$|center$"
 )
 OTHERS = {  # what among the names in a file tells that it is something else
     r"\brope_|storage_token|^(?!.*pos\w*_embed).*\breg(ister)?_token": "DINOv3",
@@ -73,12 +72,9 @@ OTHERS = {  # what among the names in a file tells that it is something else
 
 
 class PassedOver:
-    """Stands for an object in a file that is no tensor and no plain value."""
+    """Stands for an object in a file that is no tensor and no plain value: it keeps nothing."""
 
-    def __init__(self, *parts):
-        """Keep nothing of it."""
-
-    __setstate__ = __init__
+    __init__ = __setstate__ = lambda self, *parts: None
 
 
 OBJECTS = (
@@ -203,8 +199,7 @@ def load_backbone(source, network="teacher", num_heads=None):
     say. ValueError: what does not fit as a whole or is not finite, with the keys.
     """
     checkpoint = download(source) if source in RELEASED else load_checkpoint(source)
-    args = checkpoint.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    args = getattr(checkpoint.get("args"), "__dict__", checkpoint.get("args"))  # of a Namespace
     items = args.items() if isinstance(args, dict) else ()
     trained_with = {k: v for k, v in items if isinstance(v, (bool, int, float, str, list))}
     state, which, note = backbone_state(checkpoint, network, source)
@@ -220,7 +215,7 @@ def load_backbone(source, network="teacher", num_heads=None):
                     note += " (the number of heads is an assumption: --num_heads sets it)"
                 backbone = vit_from_shapes(state, num_heads or saved)
                 state = fold(state, len(backbone.blocks))
-    except (KeyError, ValueError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # a foreign file may be wrong in any way
         keys = f"its keys begin with {', '.join(list(state)[:4])} ({first_line(error)})"
         raise ValueError(f"{str(source)!r} is not a DINO backbone, {keys}") from None
     load_strictly(backbone, state, source)
@@ -233,11 +228,14 @@ def backbone_state(checkpoint, network, source):
 
     which: "teacher", "student" or "backbone". ValueError: another architecture, or no weights.
     """
-    weights = checkpoint
+    weights, left_out = checkpoint, set()
     for _ in range(3):  # one dictionary may be in another
         parts = [k for k in weights if isinstance(weights[k], dict) and WRAPPER.search(str(k))]
         if parts:
-            weights = {f"{k}.{name}": x for k in parts for name, x in weights[k].items()}
+            others = {k: x for k, x in weights.items() if k not in parts and isinstance(x, dict)}
+            left_out |= {str(k) for k, x in others.items() if any(map(torch.is_tensor, x.values()))}
+            beside = {k: x for k, x in weights.items() if torch.is_tensor(x)}
+            weights = beside | {f"{k}.{name}": x for k in parts for name, x in weights[k].items()}
     names = " ".join(map(str, weights))
     for pattern, kind in OTHERS.items():
         if re.search(pattern, names):
@@ -245,17 +243,17 @@ def backbone_state(checkpoint, network, source):
 
     named = re.search("teacher|momentum|student", names)
     which, usual = (network, "student") if named else ("backbone", "backbone")
-    state, left_out = {}, set()
+    state = {}
     for key, value in weights.items():
-        if not (isinstance(key, str) and key.isprintable() and isinstance(value, torch.Tensor)):
-            raise ValueError(f"{str(source)!r} has no weights where a backbone should be")
+        if not (isinstance(key, str) and key.isprintable() and torch.is_tensor(value)):
+            raise ValueError(f"{str(source)!r} has no weights where a backbone should be: {key!r}")
         name = key
         for pattern, ours in NAMES.items():
             name = re.sub(pattern, ours, name)
         owner = "teacher" if re.search("teacher|momentum", key) else usual
         if owner != which or LEFT_OUT.match(name):
             left_out.add(name.split(".")[0] if owner == which else owner)
-        elif value.is_meta or value.layout != torch.strided or value.dtype not in DTYPES.values():
+        elif not is_plain(value) or value.is_floating_point() == name.endswith("_tracked"):
             kind = f"{value.dtype}, {value.layout}, {value.device}"
             raise ValueError(f"{str(source)!r}: {key} is of a kind that is not read, {kind}")
         elif name in state:
@@ -264,7 +262,7 @@ def backbone_state(checkpoint, network, source):
             state[name] = value.float() if value.is_floating_point() else value
     rest = ", ".join(sorted(left_out))
     if not state:
-        raise ValueError(f"{str(source)!r} has no {which}, only {rest}")
+        raise ValueError(f"{str(source)!r} has no {which}, only {rest or 'nothing'}")
     return state, which, f" (left out: {rest})" if rest else ""
 
 
@@ -274,7 +272,7 @@ def vit_from_shapes(state, num_heads=None):
     dim, p = len(kernel), math.isqrt(kernel[0].numel() // 3)
     by_width = {a["embed_dim"]: a["num_heads"] for a in ARCHITECTURES.values()}
     num_heads = num_heads or by_width.get(dim, max(1, dim // 64))  # as in the paper
-    if dim % num_heads:
+    if type(num_heads) is not int or num_heads < 1 or dim % num_heads:
         raise ValueError(f"--num_heads {num_heads} must divide the width, {dim}")
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
@@ -294,6 +292,8 @@ def fold(state, depth):
         if separate:
             for kind in ("weight", "bias"):
                 parts = [state.pop(f"blocks.{i}.attn.{part}.{kind}") for part in "qkv"]
+                if f"blocks.{i}.attn.qkv.{kind}" in state:
+                    raise ValueError(f"block {i} has q, k and v twice, apart and together")
                 state[f"blocks.{i}.attn.qkv.{kind}"] = rearrange(parts, "qkv d ... -> (qkv d) ...")
         if scaled:
             for scale, layer in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
@@ -345,6 +345,5 @@ def export(backbone):
     state = backbone.state_dict()
     if isinstance(backbone, ViT):
         kernel, p = state["patch_embed.proj.weight"], backbone.patch_size
-        kernel = rearrange(kernel, "d (c p q) -> d c p q", c=3, p=p, q=p)
-        state["patch_embed.proj.weight"] = kernel
+        state["patch_embed.proj.weight"] = rearrange(kernel, "d (c p q) -> d c p q", p=p, q=p)
     return state

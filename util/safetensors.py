@@ -38,8 +38,18 @@ def read_safetensors(path):
             fits = end - begin == math.prod(shape) * DTYPES[kind].itemsize
             if not fits or begin != place or end > size - length:
                 raise ValueError(f"{name} of type {kind} and shape {shape} at {begin} to {end}")
-            numbers = torch.frombuffer(bytearray(file.read(end - begin)), dtype=DTYPES[kind])
+            numbers = torch.zeros(0, dtype=DTYPES[kind])
+            if end > begin:  # frombuffer() takes no empty one
+                numbers = torch.frombuffer(bytearray(file.read(end - begin)), dtype=DTYPES[kind])
             tensors[name], place = numbers.reshape(shape), end
     if place != size - length:
         raise ValueError(f"{size - length - place} bytes that belong to no tensor")
     return tensors
+
+
+def is_plain(tensor):
+    """Return whether a tensor is numbers one after another, of a type that is read."""
+    if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
+        return False
+    held = tensor.untyped_storage().nbytes()  # less than it claims: expanded
+    return tensor.dtype in DTYPES.values() and tensor.numel() * tensor.itemsize <= held
