@@ -109,7 +109,7 @@ def evaluate(args, subject):
     """Print each block's mean average precision, and return them."""
     backbone, is_vit = subject.backbone, isinstance(subject.backbone, ViT)
     how = extraction(args, subject, fit=square, gem=is_vit)
-    size, width = how.size_for(backbone), how.width(backbone)
+    width = how.width(backbone)
     distractors = rank0_first(lambda: Folder(args.distractors)) if args.distractors else None
     learned_from = rank0_first(lambda: Folder(args.whitening)) if args.whitening else None
     originals, blocks = rank0_first(lambda: open_copydays(subject.data))
@@ -125,6 +125,6 @@ def evaluate(args, subject):
     for name, (copies, _) in blocks.items():
         row = "".join(f"  {column[name]:10.1f}" for column in columns.values())
         say(f"{name:16}  {len(copies):6}{row}")
-    settings = {"size": size, "gem": is_vit, "dtype": str(how.dtype), "originals": len(originals)}
+    settings = {"gem": is_vit, "dtype": str(how.dtype), "originals": len(originals)}
     settings["whitening"] = args.whitening and str(args.whitening)
     return settings | {"distractors": len(distractors or ()), **columns}

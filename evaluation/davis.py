@@ -24,7 +24,6 @@ from evaluation.features import add_untrained_flag, usual_size
 from evaluation.masks import VOID, MaskedFolder, numbers_in
 from evaluation.video import add_propagation_flags, carry_mask, propagation_of
 from util.checkpoint import require_vit
-from util.data import Folder
 from util.distributed import all_reduce_sum, rank0_first
 from util.misc import Progress, say
 from util.shapes import ShapesFilm
@@ -120,9 +119,8 @@ class Sequence(MaskedFolder):
     def __init__(self, frames, masks):
         super().__init__(frames, masks)
         self.title = frames.name
-        missing = sorted(set(Folder(frames).paths) - set(self.paths))
-        if missing:
-            raise ValueError(f"{missing[0]!r} has no mask")
+        if self.unmasked:
+            raise ValueError(f"{self.unmasked[0]!r} has no mask")
         if len(self) < 3:
             raise ValueError("it has fewer than three frames")
         self.numbers = numbers_in(self.mask(0))

@@ -32,13 +32,18 @@ BATCH = 64  # images whose targets are drawn
 OUTPUTS = 32  # of them, the likeliest are drawn
 
 
+def as_seen(crops, drawn):
+    """Return crops of one size as the networks see them, back in colors: uint8 [v, 3, h, w]."""
+    views = photometry(crops[None], drawn[None])[:, 0]
+    return (255 * (views * STD + MEAN)).round().byte()
+
+
 def draw_crops(image, crop, rng, path):
     """Draw the views of an image, uint8 [3, h, w]: as they are cut out, then as they are seen."""
     cut, seen = [], []
     for crops, drawn in crop(image, rng):
         cut += list(crops)
-        views = photometry(crops[None], drawn[None])[:, 0]
-        seen += [(255 * (view * STD + MEAN)).round().byte() for view in views]
+        seen += list(as_seen(crops, drawn))
     names = ["global 1", "global 2"] + [f"local {n + 1}" for n in range(len(cut) - 2)]
     titles = ["the image"] + [f"{name}, {view.shape[1]} px" for name, view in zip(names, cut)]
     rows = [dict(zip(titles, [image, *views])) for views in (cut, seen)]
@@ -72,8 +77,7 @@ ARROWS = [  # middle of the text, text, the points that the arrow passes
 def draw_networks(path):
     """Draw a step of training (Figure 2), by the names that the code has."""
     image = Shapes()[1]
-    views = [(photometry(crops[None], drawn[None])[:, 0] * STD + MEAN).clamp(0, 1)
-             for crops, drawn in MultiCrop(64, 32, 4)(image, Random(2))]  # fmt: skip
+    views = [as_seen(*group) for group in MultiCrop(64, 32, 4)(image, Random(2))]
     pictures = [(1, 19, 12, image)]  # left, bottom and side
     for bottom in (34, 11):  # the student's views, the teacher's
         pictures += [(22 + 9 * n, bottom, 8, view) for n, view in enumerate(views[0])]

@@ -113,7 +113,9 @@ class MaskedFolder(Folder):
         self.masks = {Path(path).with_suffix(""): path for path in Folder(masks).paths}
         self.masks_root, self.labels, self.classes, self.note = Path(masks), None, None, None
         known = self.masks.keys() if names is None else self.masks.keys() & set(map(Path, names))
-        self.paths = [path for path in self.paths if Path(path).with_suffix("") in known]
+        every = self.paths
+        self.paths = [path for path in every if Path(path).with_suffix("") in known]
+        self.unmasked = [path for path in every if Path(path).with_suffix("") not in known]
         if not self.paths:
             raise ValueError(f"no image below {str(root)!r} has a mask in {str(masks)!r}")
 

@@ -125,5 +125,5 @@ def evaluate(args, subject):
     say(f"{'':8}     mAP    mP@1    mP@5   mP@10")
     for difficulty, row in figures.items():
         say(f"{difficulty:8}" + "".join(f"{value:8.1f}" for value in row))
-    settings = {"size": args.size, "multiscale": args.multiscale, "dtype": str(how.dtype)}
+    settings = {"multiscale": args.multiscale, "dtype": str(how.dtype)}
     return settings | figures

@@ -16,7 +16,6 @@ Axes: s sources, h w patches, d width, c labels.
 """
 
 import sys
-from itertools import tee
 from pathlib import Path
 from typing import NamedTuple
 
@@ -223,11 +222,10 @@ def visualize(args):
     loaded = load_backbone(args.checkpoint, args.network, args.num_heads)
     backbone = require_vit(loaded.backbone).to(usable_device(args.device))
     say(loaded.description)
-    film, seen = tee(film)
-    images = (image for _, image, _ in seen)
+    film = list(film)
+    images = [image for _, image, _ in film]
     short = args.size or usual_size(backbone)
     masks = list(carry_mask(backbone, images, first, short, propagation_of(args)))
-    film = list(film)
     if len(film) < 2:
         raise ValueError(f"{args.film!r} has one frame: a mask is carried to the next ones")
     names = ["strip", *(name for name, *_ in film)]

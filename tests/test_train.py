@@ -18,7 +18,7 @@ from torchvision.transforms.functional import to_pil_image
 
 import train
 from augment import MultiCrop, photometry
-from conftest import ROOT, TINY, backbone_of, without_keys
+from conftest import TINY, backbone_of, without_keys
 from head import DINOHead
 from evaluation.features import Extraction, attention_maps, features_of, keep_mass
 from evaluation.video import Propagation, mix_labels

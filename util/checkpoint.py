@@ -266,7 +266,7 @@ def backbone_state(checkpoint, network, source):
     return state, which, f" (left out: {rest})" if rest else ""
 
 
-def vit_from_shapes(state, num_heads=None):
+def vit_from_shapes(state, num_heads):
     """Build a ViT from the shapes in a state dict. KeyError or the like: it is not a ViT's."""
     kernel = state["patch_embed.proj.weight"]
     dim, p = len(kernel), math.isqrt(kernel[0].numel() // 3)

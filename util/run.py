@@ -320,7 +320,7 @@ class Run:
         say("next:")
         if self.images.labels:
             say(f"  python evaluate.py knn {last}")
-        elif self.args.data_path != "voc2012":
+        elif Path(self.args.data_path).is_dir():
             say(f"  python evaluate.py search {last} img.jpg")
             say(f"  python evaluate.py copies {last}")
         if self.args.data_path == "shapes" and self.args.arch != "resnet50":
